@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that shardckpt raises on purpose, in one tree.
+
+::
+
+    CheckpointError                 base of all; catch this one to catch everything
+    |-- ConfigError                 an option or argument is refused (also a ValueError)
+    |-- CheckpointerClosed          save or restore after close
+    |-- StateError                  the state that was handed over cannot be saved or restored
+    |   |-- UnsupportedLeaf         a value of a type that is not stored; names its path in the tree
+    |   |-- DuplicateName           two leaves have the same name
+    |   |-- TableMismatch           ranks describe one tensor in ways that do not fit together
+    |   `-- ReplicaDivergence       a replicated tensor or value differs between ranks
+    |-- TargetMismatch              the checkpoint and the target of a load do not fit
+    |   |-- MissingNames            strict load: names absent in the checkpoint, or unexpected in it
+    |   |-- ShapeMismatch           same name, other shape
+    |   `-- DtypeMismatch           same name, other dtype, and no conversion was asked for
+    |-- IntegrityError              what is stored is not what was saved
+    |   |-- InvalidManifest         the manifest breaks the format
+    |   |   `-- UnsupportedVersion  the manifest is from a newer version, or needs an unknown feature
+    |   |-- ChecksumMismatch        data does not match its digest
+    |   |-- TruncatedFile           a file is shorter than what the manifest says
+    |   |-- MissingFile             a file that the manifest names is not there
+    |   `-- DigestRefused           the manifest is not the one that ``expect_digest`` asked for
+    |-- CheckpointNotFound          nothing committed at this place
+    |-- AlreadyCommitted            this step is already committed by another save
+    |-- StoreError                  the storage refused or failed an operation
+    |   |-- AlreadyExists           a name that must be new is taken
+    |   |-- NotACheckpointRoot      the place holds something else (a file, foreign data)
+    |   `-- StorageFull             no space or quota left
+    `-- CoordinationError           the ranks could not finish an operation together
+        |-- RankTimeout             some ranks did not arrive before the deadline; ``ranks`` names them
+        `-- RankFailed              another rank failed with an error from outside this tree
+
+Each takes one message and keyword details that are JSON values, so that the same error can be raised on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """Base of all errors of shardckpt.
+
+    ``details`` holds the machine-readable part of the message (names, ranks, byte ranges); each detail can be read as an
+    attribute, for example ``error.ranks``.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["details"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no detail {name!r}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.details))
+
+
+class ConfigError(CheckpointError, ValueError):
+    """An option or argument is refused; the message says which values are accepted."""
+
+
+class CheckpointerClosed(CheckpointError):
+    """A save or restore was asked for after ``close``."""
+
+
+class StateError(CheckpointError):
+    """The state that was handed over cannot be saved or restored."""
+
+
+class UnsupportedLeaf(StateError):
+    """A value of a type that is not stored. Nothing is pickled, so it has to be expressed in supported types."""
+
+
+class DuplicateName(StateError):
+    """Two leaves of the state have the same name."""
+
+
+class TableMismatch(StateError):
+    """Ranks describe one tensor in ways that do not fit together (shapes, dtypes, layouts)."""
+
+
+class ReplicaDivergence(StateError):
+    """A tensor or value that is replicated differs between ranks; names the key and the ranks."""
+
+
+class TargetMismatch(CheckpointError):
+    """The checkpoint and the target of a load do not fit."""
+
+
+class MissingNames(TargetMismatch):
+    """A strict load found names that are missing in the checkpoint, or unexpected in it."""
+
+
+class ShapeMismatch(TargetMismatch):
+    """A tensor of the target has another shape than the stored one."""
+
+
+class DtypeMismatch(TargetMismatch):
+    """A tensor of the target has another dtype than the stored one, and no conversion was asked for."""
+
+
+class IntegrityError(CheckpointError):
+    """What is stored is not what was saved."""
+
+
+class InvalidManifest(IntegrityError):
+    """The manifest breaks the format; the message names the field."""
+
+
+class UnsupportedVersion(InvalidManifest):
+    """The manifest is from a newer version of shardckpt, or needs a feature that this one does not know."""
+
+
+class ChecksumMismatch(IntegrityError):
+    """Stored data does not match its digest; names tensor, file and byte range."""
+
+
+class TruncatedFile(IntegrityError):
+    """A file is shorter than the manifest says; names file, wanted and got bytes."""
+
+
+class MissingFile(IntegrityError):
+    """A file that should be there is not."""
+
+
+class DigestRefused(IntegrityError):
+    """The manifest's SHA-256 is not the one that was expected."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """There is no committed checkpoint at this place."""
+
+
+class AlreadyCommitted(CheckpointError):
+    """The step is already committed by another save; nothing was changed."""
+
+
+class StoreError(CheckpointError):
+    """The storage refused or failed an operation; the cause is chained."""
+
+
+class AlreadyExists(StoreError):
+    """A name that must be new is taken."""
+
+
+class NotACheckpointRoot(StoreError):
+    """The place holds something that is not a checkpoint root."""
+
+
+class StorageFull(StoreError):
+    """The storage has no space or quota left."""
+
+
+class CoordinationError(CheckpointError):
+    """The ranks could not finish an operation together."""
+
+
+class RankTimeout(CoordinationError):
+    """Some ranks did not arrive before the deadline; ``ranks`` names them."""
+
+
+class RankFailed(CoordinationError):
+    """Another rank failed with an error that is not one of shardckpt's own."""
+
+
+def _rebuild(kind: type[CheckpointError], message: str, details: dict[str, Any]) -> CheckpointError:
+    return kind(message, **details)
+
+
+def _tree(kind: type[CheckpointError]) -> dict[str, type[CheckpointError]]:
+    found = {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def error_from_wire(kind: str, message: str, details: dict[str, Any]) -> CheckpointError:
+    """Rebuild an error that another rank raised; an unknown ``kind`` becomes `RankFailed`."""
+    return _tree(CheckpointError).get(kind, RankFailed)(message, **details)
