@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Lint, types and the whole test suite, from a bare checkout. Arguments go to pytest:
+#   ./launch/test.sh                             everything
+#   ./launch/test.sh -m "not slow" tests/style   a part
+#   WORKERS=8 ./launch/test.sh                   more processes than the two or half the cores that it takes by itself
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+install_into_venv test
+
+cd "$ROOT"
+PATH="$VENV/bin:$PATH"
+cores="$(getconf _NPROCESSORS_ONLN)"
+# A test may start up to eight processes of its own, so a worker for every second core keeps a large machine busy.
+workers="${WORKERS:-$((cores > 5 ? cores / 2 : 2))}"
+
+step() {
+    printf '\n=== %s\n' "$*"
+    "$@"
+}
+
+step ruff check .
+step ruff format --check .
+step mypy
+step python -m pytest -n "$workers" "$@" </dev/null

@@ -1,0 +1,53 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by the scripts beside it: makes .venv when it is missing and installs this checkout into it, editable, with the
+# tested versions. A second call costs nothing: a stamp says what was installed. Where packages come from is pip's own
+# configuration (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...).
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command with its output in a log file. Shows elapsed seconds on a terminal, and the log when the command fails.
+run_logged() {
+    local what="$1" log="$2" begin=$SECONDS
+    shift 2
+    printf '%s ...' "$what"
+    "$@" >"$log" 2>&1 </dev/null &
+    local job=$!
+    while kill -0 "$job" 2>/dev/null; do
+        if [[ -t 1 ]]; then printf '\r%s ... %d s ' "$what" $((SECONDS - begin)); fi
+        sleep 0.5
+    done
+    if wait "$job"; then
+        if [[ -t 1 ]]; then printf '\r%s ...' "$what"; fi
+        printf ' done in %d s\n' $((SECONDS - begin))
+    else
+        printf ' failed\n'
+        cat "$log" >&2
+        die "$what: failed; the log above is also in $log"
+    fi
+}
+
+# install_into_venv EXTRA: .venv holds shardckpt[EXTRA] afterwards.
+install_into_venv() {
+    local extra="$1" python="${PYTHON:-python3}" stamp="$VENV/installed-$1" wanted
+    command -v "$python" >/dev/null || die "$python is not on the PATH; install Python 3.10 or newer, or set PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$("$python" --version) at $(command -v "$python") is too old; shardckpt needs 3.10 or newer (set PYTHON to one)"
+    if [[ ! -x "$VENV/bin/python" ]]; then
+        "$python" -m venv "$VENV" || die "cannot make $VENV; on Debian and Ubuntu: apt install python3-venv"
+    fi
+    wanted="$(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | cksum) $ROOT"
+    if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
+        run_logged "Installing shardckpt[$extra] into .venv" "$VENV/install.log" "$VENV/bin/python" -m pip install \
+            --editable "${ROOT}[$extra]" --constraint "$ROOT/launch/constraints.txt"
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+}

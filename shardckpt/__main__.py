@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m shardckpt`` is the same program as ``shardckpt``."""
+
+from shardckpt.cli import main
+
+if __name__ == "__main__":
+    main()
