@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tensors are spread over ranks, as pure data and integer arithmetic: no torch, no I/O."""
+
+from __future__ import annotations
+
+from .box import Ints, intersect_boxes, row_major_strides, window_boxes
+from .dtypes import ITEMSIZE, safetensors_code
+from .explicit import BoxLayout, FlatLayout, PerRankLayout, Replicated
+from .mesh import Cell, Mesh, MeshLayout, Placement, Replicate, Shard, StridedShard
+from .piece import Copy, Fragment, Interval, Piece, intersect
+
+Layout = MeshLayout | FlatLayout | BoxLayout | PerRankLayout | Replicated
+"""What one rank says of one of its tensors."""
+
+__all__ = [
+    "ITEMSIZE",
+    "BoxLayout",
+    "Cell",
+    "Copy",
+    "FlatLayout",
+    "Fragment",
+    "Ints",
+    "Interval",
+    "Layout",
+    "Mesh",
+    "MeshLayout",
+    "PerRankLayout",
+    "Piece",
+    "Placement",
+    "Replicate",
+    "Replicated",
+    "Shard",
+    "StridedShard",
+    "intersect",
+    "intersect_boxes",
+    "row_major_strides",
+    "safetensors_code",
+    "window_boxes",
+]
