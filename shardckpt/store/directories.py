@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes, flushes and removes the directories between a local root and its files.
+
+A file is durable only when the entry of its name in its directory is, and so is the entry of that directory
+in the next one up. Who made a directory does not matter for that: another process may have made it a moment
+ago and not flushed it yet.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import Final
+
+from shardckpt.errors import MissingFile, StoreError
+from shardckpt.store.filesystem import FileSystem, closing
+from shardckpt.store.oserror import explained
+
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Directories:
+    """The directories of one root. ``root`` is an absolute path."""
+
+    def __init__(self, fs: FileSystem, root: str) -> None:
+        self._fs = fs
+        self._root = root
+        self._root_is_durable = False
+
+    def make(self, directory: str) -> None:
+        """Make ``directory`` and what is missing above it, each durable before the one below it is made."""
+        parent = os.path.dirname(directory)
+        with explained("make directory", directory):
+            try:
+                self._fs.mkdir(directory)
+            except FileNotFoundError:
+                self.make(parent)
+                return self.make(directory)
+            except FileExistsError:
+                if not stat.S_ISDIR(self._fs.stat(directory).st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
+                return None
+        return self.sync(parent)
+
+    def sync(self, directory: str) -> None:
+        """Make the entries of one directory durable."""
+        with explained("flush directory", directory):
+            fd = self._fs.open(directory, _DIRECTORY_FLAGS)
+            with closing(self._fs, fd):
+                try:
+                    self._fs.fsync(fd)
+                except OSError as error:
+                    # Says that this file system has no such operation for directories: there is nothing to
+                    # wait for.
+                    if error.errno != errno.EINVAL:
+                        raise
+
+    def sync_path(self, directory: str) -> None:
+        """Make every entry on the way from the root's parent down to the files in ``directory`` durable."""
+        while directory != self._root:
+            self.sync(directory)
+            directory = os.path.dirname(directory)
+        self.sync(self._root)
+        if not self._root_is_durable:
+            self._sync_root_entry()
+            self._root_is_durable = True
+
+    def remove_empty(self, directory: str) -> None:
+        """Remove ``directory`` and those above it, below the root, for as long as they are empty; durably."""
+        while directory != self._root:
+            parent = os.path.dirname(directory)
+            with explained("remove directory", directory):
+                try:
+                    self._fs.rmdir(directory)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        return
+                    raise
+            # Also when another process removed it: that one may not have flushed it yet.
+            self.sync_if_there(parent)
+            directory = parent
+
+    def sync_if_there(self, directory: str) -> None:
+        """Like `sync`; a directory that is gone is no error."""
+        with suppress(MissingFile):
+            self.sync(directory)
+
+    def _sync_root_entry(self) -> None:
+        parent = os.path.dirname(self._root)
+        try:
+            self.sync(parent)
+        except StoreError as error:
+            # A user who may not list the directory above cannot have made the root in it: `make` would have
+            # failed.
+            if error.details.get("errno") not in ("EACCES", "EPERM"):
+                raise

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store in a directory of a mounted file system: local disks, and shared ones such as NFS, Lustre or GPFS.
+
+New files are written with O_DIRECT where the file system takes it: the data is written once and is not needed
+again soon, and the page cache would only copy it, push other data out, and put off write errors. Reads go
+through the page cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from shardckpt.errors import StoreError
+from shardckpt.store.base import (
+    ALIGNMENT,
+    TEMPORARY_SUFFIX,
+    Entry,
+    FileReader,
+    FileWriter,
+    Store,
+    check_name,
+    name_problem,
+)
+from shardckpt.store.directories import Directories
+from shardckpt.store.filesystem import OPERATING_SYSTEM, FileSystem, closing
+from shardckpt.store.local_file import LocalReader, LocalWriter, write_all
+from shardckpt.store.oserror import explained
+from shardckpt.store.publish import NEW_FILE_FLAGS, Publisher
+
+logger = logging.getLogger("shardckpt")
+
+# O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
+_READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
+_NO_DIRECT_IO: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+_KINDS: Final = {
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+
+
+class LocalStore(Store):
+    """Files under the directory ``root``, which is made at the first write."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        fs: FileSystem = OPERATING_SYSTEM,
+        publisher: Publisher | None = None,
+    ) -> None:
+        self.url = os.path.abspath(root)
+        self._fs = fs
+        self._directories = Directories(fs, self.url)
+        self._publisher = publisher or Publisher(fs)
+        self._probed_flag: int | None = None
+        self._probe_lock = threading.Lock()
+
+    def create(self, name: str, size: int) -> FileWriter:
+        path = self._path(name)
+        flag = self._direct_flag()
+        return LocalWriter(
+            self._fs,
+            name,
+            size,
+            path,
+            self._open_new(path, flag),
+            direct=flag != 0,
+            on_durable=partial(self._directories.sync_path, os.path.dirname(path)),
+            remove=partial(self.delete, name),
+        )
+
+    def open(self, name: str) -> FileReader:
+        path = self._path(name)
+        with explained("open", path):
+            fd = self._fs.open(path, _READ_FLAGS)
+            try:
+                status = self._fs.fstat(fd)
+                _require_regular(path, status.st_mode)
+            except BaseException:
+                self._fs.close(fd)
+                raise
+        return LocalReader(self._fs, name, path, fd, status.st_size)
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        temporary = _temporary_beside(path)
+        try:
+            fd = self._open_new(temporary)
+            with explained("write", temporary), closing(self._fs, fd):
+                write_all(self._fs, fd, memoryview(data), 0)
+                self._fs.fsync(fd)
+            self._publisher.publish(temporary, path)
+        finally:
+            self._remove_temporary(temporary)
+        self._directories.sync_path(os.path.dirname(path))
+
+    def list(self, prefix: str = "") -> Sequence[Entry]:
+        directory = self._path(prefix) if prefix else self.url
+        return sorted(self._walk(directory, prefix), key=lambda entry: entry.name)
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        directory = os.path.dirname(path)
+        with explained("delete", path), suppress(FileNotFoundError):
+            self._fs.unlink(path)
+        # Also when it was missing: whoever removed it may have been killed before it came to this.
+        self._directories.sync_if_there(directory)
+        self._directories.remove_empty(directory)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.url, check_name(name))
+
+    def _open_new(self, path: str, flags: int = 0) -> int:
+        while True:
+            self._directories.make(os.path.dirname(path))
+            # Not found: a delete saw the directory empty and removed it in between.
+            with explained("create", path), suppress(FileNotFoundError):
+                return self._fs.open(path, NEW_FILE_FLAGS | flags)
+
+    def _remove_temporary(self, path: str) -> None:
+        try:
+            self._fs.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("the temporary file %r is left behind and may be removed: %s", path, error)
+
+    def _walk(self, directory: str, prefix: str) -> Iterator[Entry]:
+        with explained("list", directory):
+            try:
+                leaves = self._fs.listdir(directory)
+            except FileNotFoundError:
+                return
+            except NotADirectoryError:
+                if not stat.S_ISDIR(self._fs.stat(self.url).st_mode):
+                    raise
+                return
+        for leaf in leaves:
+            name = f"{prefix}/{leaf}" if prefix else leaf
+            if name_problem(name) is None:
+                yield from self._visit(os.path.join(directory, leaf), name)
+
+    def _visit(self, path: str, name: str) -> Iterator[Entry]:
+        with explained("list", path):
+            try:
+                status = self._fs.lstat(path)
+            except FileNotFoundError:
+                return
+        if stat.S_ISDIR(status.st_mode):
+            yield from self._walk(path, name)
+        elif stat.S_ISREG(status.st_mode):
+            yield Entry(name, status.st_size, status.st_mtime)
+
+    def _direct_flag(self) -> int:
+        with self._probe_lock:
+            if self._probed_flag is None:
+                self._probed_flag = self._probe_direct_flag()
+            return self._probed_flag
+
+    def _probe_direct_flag(self) -> int:
+        """O_DIRECT if one aligned write with it works in the root, else 0."""
+        if not _O_DIRECT:
+            return 0
+        probe = _temporary_beside(os.path.join(self.url, "probe"))
+        try:
+            with explained("probe", probe), mmap.mmap(-1, ALIGNMENT) as page, memoryview(page) as buffer:
+                fd = self._open_new(probe, _O_DIRECT)
+                with closing(self._fs, fd):
+                    write_all(self._fs, fd, buffer, 0, ALIGNMENT)
+        except StoreError as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_DIRECT_IO):
+                raise
+            logger.warning("%s does not take O_DIRECT; checkpoints are written through the page cache, slower", self.url)
+            return 0
+        finally:
+            self._remove_temporary(probe)
+        return _O_DIRECT
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
+        raise StoreError(f"{path!r} is a {kind}, and only regular files are taken: move it away", path=path, kind=kind)
+
+
+def _temporary_beside(path: str) -> str:
+    return f"{path}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
