@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from .box import Ints, intersect_boxes, row_major_strides, window_boxes
 from .dtypes import ITEMSIZE, safetensors_code
-from .explicit import BoxLayout, FlatLayout, PerRankLayout, Replicated
+from .explicit import BoxLayout, FlatLayout, PerRankLayout, PerRankShapes, Replicated
 from .mesh import Cell, Mesh, MeshLayout, Placement, Replicate, Shard, StridedShard
 from .piece import Copy, Fragment, Interval, Piece, intersect
 
 Layout = MeshLayout | FlatLayout | BoxLayout | PerRankLayout | Replicated
 """What one rank says of one of its tensors."""
+
+GlobalLayout = MeshLayout | FlatLayout | BoxLayout | PerRankShapes
+"""What all ranks together say of one tensor."""
 
 __all__ = [
     "ITEMSIZE",
@@ -19,12 +22,14 @@ __all__ = [
     "Copy",
     "FlatLayout",
     "Fragment",
-    "Ints",
+    "GlobalLayout",
     "Interval",
+    "Ints",
     "Layout",
     "Mesh",
     "MeshLayout",
     "PerRankLayout",
+    "PerRankShapes",
     "Piece",
     "Placement",
     "Replicate",

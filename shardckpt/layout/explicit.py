@@ -118,3 +118,18 @@ class PerRankLayout:
         return Piece.box((0,) * len(self.shape), self.shape)
 
 
+@dataclass(frozen=True)
+class PerRankShapes:
+    """What all ranks together have under a per-rank name."""
+
+    shapes: tuple[Ints | None, ...]
+    """Shape by rank, None where the rank lists no such name; a single shape stands for all ranks."""
+
+    def shape_of(self, rank: int) -> Ints | None:
+        """Shape of the tensor of ``rank``."""
+        return self.shapes[0] if len(self.shapes) == 1 else self.shapes[rank]
+
+    def piece(self, rank: int) -> Piece | None:
+        """All of the tensor of ``rank``; None when it has none."""
+        shape = self.shape_of(rank)
+        return None if shape is None else Piece.box((0,) * len(shape), shape)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts that a device mesh and placements describe: the arithmetic of DTensor, without torch.
 
-``Shard`` follows ``torch.chunk``: ceil-sized chunks from the left, so the last ones can be short or empty. Placements are
-applied from the left mesh dimension to the right one, and several may shard one tensor dimension. ``StridedShard`` cuts what is there
-into ``split_factor`` chunks first, shards each of them, and holds the same-numbered shards of all, one after the other; that
-is what FSDP2 makes of a parameter that tensor parallelism has sharded on the same dimension already
+``Shard`` follows ``torch.chunk``: ceil-sized chunks from the left, so the last ones can be short or empty. Placements apply
+from the left mesh dimension to the right one, and several may shard one tensor dimension. ``StridedShard`` cuts what is
+there into ``split_factor`` chunks first, shards each of them, and holds the same-numbered shards of all, one after the
+other; that is what FSDP2 makes of a parameter that tensor parallelism has sharded on the same dimension already
 (``torch/distributed/tensor/placement_types.py``, ``_StridedShard``).
 """
 
@@ -154,9 +154,7 @@ class MeshLayout:
             for size, (chain, _), offset, extent in zip(self.shape, self.chains, offsets, sizes, strict=True)
         ]
         for choice in product(*per_dim):
-            fixed: list[int | None] = [
-                0 if not isinstance(placement, Replicate) else None for placement in self.placements
-            ]
+            fixed: list[int | None] = [0 if not isinstance(placement, Replicate) else None for placement in self.placements]
             for (_, axes), at in zip(self.chains, choice, strict=True):
                 for axis, index in zip(axes, at, strict=True):
                     fixed[axis] = index
@@ -166,9 +164,7 @@ class MeshLayout:
     @cached_property
     def replicas(self) -> int:
         """How many ranks hold each cell."""
-        return prod(
-            size for size, p in zip(self.mesh.shape, self.placements, strict=True) if isinstance(p, Replicate)
-        )
+        return prod(size for size, p in zip(self.mesh.shape, self.placements, strict=True) if isinstance(p, Replicate))
 
     def replica_index(self, rank: int) -> int:
         """Position of ``rank`` among the replicas of its cell."""

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: the one JSON document that makes a set of rank files a checkpoint.
+
+A manifest is canonical JSON: structs in field order, mappings sorted by key, no white space, defaults left out. One state of
+a checkpoint therefore has one encoding, and its SHA-256 names it. Reading is in `shardckpt.validate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Any
+
+import msgspec
+
+FORMAT = "shardckpt"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_LIMIT = 256 << 20
+"""Bytes; a larger manifest is refused before it is read."""
+HEADER_ALIGNMENT = 4096
+"""Data in a rank file starts at a multiple of this many bytes."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class MeshRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True):
+    """A mesh; its ranks are ``start + coordinate . strides``, or listed when that does not describe them."""
+
+    shape: tuple[Count, ...]
+    start: Count = 0
+    strides: tuple[Count, ...] | None = None
+    ranks: tuple[Count, ...] | None = None
+
+
+class LayoutRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Placements on a mesh: ``R``, ``S<dim>``, or ``S<dim>/<split factor>`` for a strided shard."""
+
+    mesh: Count
+    placements: tuple[str, ...]
+
+
+class TensorRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True):
+    """One tensor. Exactly one of ``layout``, ``flat``, ``boxes``, ``per_rank``, ``alias`` and ``replicated`` is set."""
+
+    dtype: str = ""
+    shape: tuple[Count, ...] = ()
+    layout: Count | None = None
+    writers: tuple[Count, Count] | None = None
+    """(first replica that writes, how many share the writing); (0, 1) when left out."""
+    flat: tuple[tuple[Count, Count, Count], ...] | None = None
+    boxes: tuple[tuple[Count, tuple[Count, ...], tuple[Count, ...]], ...] | None = None
+    per_rank: tuple[tuple[Count, ...] | None, ...] | None = None
+    """Shape by rank, null where a rank has none; a single one stands for all ranks."""
+    value: bool = False
+    """The tensor is the JSON text of a value (per-rank values live in the rank files)."""
+    alias: str | None = None
+    """This name is a second one for the tensor of that name."""
+    replicated: bool = False
+    """Only between ranks: equal on whichever ranks list it. Never in a manifest."""
+
+
+class FileRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One rank file. ``digests`` is base64 of 8-byte big-endian xxh3-64, one per block of the data region."""
+
+    rank: Count
+    name: str
+    size: Count
+    data: Count
+    """Where the data region starts, which is the length of the header with its padding, in bytes."""
+    header: str
+    """xxh3-64 of those first bytes, 16 hex digits."""
+    digests: str
+
+
+class Manifest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole document; see DESIGN, "On disk"."""
+
+    format: str
+    version: Count
+    features: tuple[str, ...] = ()
+    attempt: str
+    step: Count
+    created: str
+    world_size: Count
+    block_size: Count
+    meshes: tuple[MeshRecord, ...]
+    layouts: tuple[LayoutRecord, ...]
+    tensors: dict[str, TensorRecord]
+    objects: dict[str, Any]
+    """Replicated values by full name, in the encoding of `shardckpt.values`."""
+    containers: dict[str, Any]
+    """Kinds of containers that the names below them do not tell."""
+    files: tuple[FileRecord, ...]
+    torch: str
+    shardckpt: str
+    metadata: dict[str, Any] = {}
+
+
+_ENCODER = msgspec.json.Encoder(order="deterministic")
+
+
+def encode_canonical(value: Any) -> bytes:
+    """The canonical JSON of a struct or JSON value."""
+    return _ENCODER.encode(value)
+
+
+def manifest_digest(data: bytes) -> str:
+    """SHA-256 of a manifest's bytes, in hex: what `shardckpt.save` returns and ``expect_digest`` takes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- names in a root
+
+STEP_PATTERN = re.compile(r"step-(\d{8,18})\Z", re.ASCII)
+FILE_PATTERN = re.compile(r"rank-(\d{5,9})-([0-9a-f]{8,32})\.safetensors\Z", re.ASCII)
+
+
+def step_directory(step: int) -> str:
+    """Directory name of a step."""
+    return f"step-{step:08d}"
+
+
+def rank_file_name(rank: int, attempt: str) -> str:
+    """File name of one rank in one attempt at a save; attempts never share names, so nothing is ever overwritten."""
+    return f"rank-{rank:05d}-{attempt}.safetensors"
