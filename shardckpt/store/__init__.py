@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from shardckpt.errors import ConfigError
 from shardckpt.store.base import ALIGNMENT, Entry, FileReader, FileWriter, Store, check_name, is_temporary
 from shardckpt.store.local import LocalStore
 from shardckpt.store.memory import MemoryStore
+from shardckpt.store.retry import RetryingStore
 
 __all__ = [
     "ALIGNMENT",
@@ -18,15 +20,18 @@ __all__ = [
     "FileWriter",
     "LocalStore",
     "MemoryStore",
+    "RetryingStore",
     "Store",
     "check_name",
     "is_temporary",
     "open_store",
 ]
 
+_CLOUD: Final = ("s3", "gs", "az")
+
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at a path, ``file://path`` or ``memory://name``.
+    """The store at a path, ``file:///path``, ``memory://name``, or an ``s3://``, ``gs://`` or ``az://`` URL.
 
     Touches nothing yet. Raises `ConfigError` for anything else.
     """
@@ -38,8 +43,11 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return _local(location, _path_of_file_url(location))
     if scheme == "memory" and rest:
         return MemoryStore(rest)
+    if scheme in _CLOUD and rest:
+        return _cloud(location)
     raise ConfigError(
-        f"{location!r} is not a place for checkpoints; take a path, file:///path or memory://name",
+        f"{location!r} is not a place for checkpoints; take a path, file:///path, memory://name, "
+        "s3://bucket/path, gs://bucket/path or az://container/path",
         url=location,
     )
 
@@ -48,6 +56,19 @@ def _local(location: str, path: str) -> LocalStore:
     if not path or "\0" in path:
         raise ConfigError(f"{location!r} does not name a directory", url=location)
     return LocalStore(os.path.expanduser(path))
+
+
+def _cloud(url: str) -> Store:
+    try:
+        from shardckpt.store.object import ObjectStore
+    except ModuleNotFoundError as error:
+        if error.name != "obstore":
+            raise
+        raise ConfigError(
+            f"{url!r} needs the package obstore, which is not installed: pip install 'shardckpt[cloud]'",
+            url=url,
+        ) from error
+    return RetryingStore(ObjectStore(url))
 
 
 def _path_of_file_url(url: str) -> str:

@@ -182,7 +182,7 @@ class LocalStore(Store):
         except StoreError as error:
             if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_DIRECT_IO):
                 raise
-            logger.warning("%s does not take O_DIRECT; checkpoints are written through the page cache, slower", self.url)
+            logger.warning("%s does not take O_DIRECT: writing through the page cache, more slowly", self.url)
             return 0
         finally:
             self._remove_temporary(probe)

@@ -11,6 +11,7 @@ from typing import Final
 
 from shardckpt.errors import CheckpointError
 from shardckpt.store.base import ALIGNMENT, FileReader, FileWriter
+from shardckpt.store.buffers import skip
 from shardckpt.store.filesystem import IOV_MAX, FileSystem, closing
 from shardckpt.store.oserror import explained
 
@@ -106,14 +107,4 @@ class LocalReader(FileReader):
                     wanted = position - offset + sum(buffer.nbytes for buffer in buffers[first:])
                     raise self._truncated(offset, wanted, got=position - offset)
                 position += got
-                first = _skip(buffers, first, got)
-
-
-def _skip(buffers: list[memoryview], first: int, count: int) -> int:
-    """Drop ``count`` bytes from the front of ``buffers[first:]``, in place; return what is the first then."""
-    while count and count >= buffers[first].nbytes:
-        count -= buffers[first].nbytes
-        first += 1
-    if count:
-        buffers[first] = buffers[first][count:]
-    return first
+                first = skip(buffers, first, got)

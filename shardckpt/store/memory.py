@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from shardckpt.errors import AlreadyExists, MissingFile
 from shardckpt.store.base import Entry, FileReader, FileWriter, Store, check_name
+from shardckpt.store.buffers import scatter
 
 
 @dataclass(slots=True)
@@ -101,6 +102,5 @@ class _MemoryReader(FileReader):
         self._data = memoryview(b"")
 
     def _fill(self, offset: int, buffers: list[memoryview]) -> None:
-        for buffer in buffers:
-            buffer[:] = self._data[offset : offset + buffer.nbytes]
-            offset += buffer.nbytes
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        scatter(self._data[offset : offset + wanted], buffers, 0)
