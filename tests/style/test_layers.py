@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dependency goes down only: which room may import which, and what each room may touch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+
+from tests.style.source import Module, modules
+
+# From the ground up. A module imports from its own row and the rows before it.
+ROWS: list[tuple[str, set[str]]] = [
+    ("leaves", {"errors", "options", "_version"}),
+    ("storage", {"store"}),
+    ("pure", {"layout", "manifest", "records", "tables", "plan", "reshard", "checksum", "validate"}),
+    ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler"}),
+    ("movement", {"stage", "write", "read"}),
+    ("protocol", {"exchange", "coordinate", "commit"}),
+    ("outside formats and upkeep", {"interop", "maintain"}),
+    ("pipeline", {"api"}),
+    ("policy", {"checkpointer"}),
+    ("the package", {""}),
+    ("command line", {"cli", "__main__"}),
+]
+ROW_OF = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
+PURE = dict(ROWS)["pure"]
+
+IMPURE = {
+    *("torch", "os", "io", "pathlib", "shutil", "socket", "subprocess", "tempfile", "glob", "time", "random"),
+    *("threading", "concurrent", "asyncio", "urllib", "http", "logging", "mmap"),
+}
+FILE_CALLS = {
+    *("os.open", "os.fsync", "os.fdatasync", "os.link", "os.rename", "os.replace", "os.unlink", "os.remove"),
+    *("os.mkdir", "os.makedirs", "os.rmdir", "os.pread", "os.preadv", "os.pwrite", "os.pwritev", "os.listdir"),
+    *("os.scandir", "os.truncate", "os.ftruncate", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
+}
+FILE_METHODS = {"read_bytes", "write_bytes", "read_text", "write_text", "unlink", "rmdir", "mkdir", "rename"}
+
+ENGINE = modules("shardckpt")
+
+
+def room(module: str) -> str:
+    """``shardckpt.store.local`` is of the room ``store``; the package itself has the empty name."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imported_rooms(module: Module) -> Iterator[tuple[int, str]]:
+    for line, name in module.imports():
+        if name.split(".")[0] == "shardckpt":
+            target = room(name)
+            # ``from shardckpt import load`` names a member of the package, not a room
+            yield line, target if target in ROW_OF else ""
+
+
+def test_every_module_has_a_room() -> None:
+    homeless = {module.name for module in ENGINE if room(module.name) not in ROW_OF}
+    assert not homeless, "say in ROWS, and in the map of the README, which room these are in"
+
+
+@pytest.mark.parametrize("module", ENGINE, ids=lambda module: module.name)
+def test_imports_go_down(module: Module) -> None:
+    own = ROW_OF[room(module.name)]
+    upward = [
+        f"line {line}: {ROWS[own][0]} imports {target or 'the package'} ({ROWS[ROW_OF[target]][0]})"
+        for line, target in imported_rooms(module)
+        if ROW_OF[target] > own
+    ]
+    assert not upward
+
+
+def test_rooms_of_one_row_do_not_go_round_in_circles() -> None:
+    needs: dict[str, set[str]] = {name: set() for name in ROW_OF}
+    for module in ENGINE:
+        needs[room(module.name)] |= {target for _, target in imported_rooms(module)} - {room(module.name)}
+    while free := {name for name, targets in needs.items() if not targets & needs.keys()}:
+        needs = {name: targets for name, targets in needs.items() if name not in free}
+    assert not needs, "these import each other"
+
+
+@pytest.mark.parametrize("module", [m for m in ENGINE if room(m.name) in PURE], ids=lambda module: module.name)
+def test_pure_rooms_need_neither_torch_nor_the_system(module: Module) -> None:
+    assert not [(line, name) for line, name in module.imports() if name.split(".")[0] in IMPURE]
+
+
+@pytest.mark.parametrize("module", [m for m in ENGINE if room(m.name) not in {"store", "cli"}], ids=lambda module: module.name)
+def test_only_stores_touch_files(module: Module) -> None:
+    calls = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call)]
+    found = [f"line {call.lineno}: {ast.unparse(call.func)}" for call in calls if _touches_files(call.func)]
+    assert not found
+
+
+def _touches_files(function: ast.expr) -> bool:
+    if isinstance(function, ast.Name):
+        return function.id == "open"
+    return isinstance(function, ast.Attribute) and (ast.unparse(function) in FILE_CALLS or function.attr in FILE_METHODS)

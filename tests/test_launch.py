@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of launch/: they pass shellcheck, stay small enough to copy, and the quickstart proves what it says."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+TRAIN = (LAUNCH / "train_gpt.py").read_text()
+
+
+def requirements(text: str) -> set[str]:
+    """Normalized names of the packages that requirement lines name."""
+    lines = (line.strip() for line in text.splitlines())
+    names = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines if not line.startswith("#"))
+    return {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name}
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    scripts = [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci" / "run"]
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_continuous_integration_runs_the_same_command() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert "./launch/test.sh" in [step.get("run") for step in steps]
+    assert "launch/test.sh" in (ROOT / ".ci/run").read_text()
+    for script in (".ci/run", "launch/test.sh", "launch/quickstart.sh"):
+        assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_every_direct_dependency_has_a_tested_version() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    wanted = requirements(setup["options"]["install_requires"])
+    for extra in setup["options.extras_require"].values():
+        wanted |= requirements(extra)
+    assert wanted - requirements((LAUNCH / "constraints.txt").read_text()) == set()
+
+
+def test_the_training_script_is_short_enough_to_copy() -> None:
+    assert len(TRAIN.splitlines()) < 200
+
+
+def test_the_checkpoint_part_of_the_training_script_is_under_ten_lines() -> None:
+    """What it prints, and the option with which the quickstart checks it, are not counted."""
+    code = TRAIN.split('"""', 2)[2]
+    lines = [line.strip() for line in code.splitlines()]
+    part = [line for line in lines if re.search(r"\b(import shardckpt|shardckpt\.|ckpt|restored|state)\b", line)]
+    part = [line for line in part if not re.search(r"report\(|copy.to", line)]
+    for call in ("shardckpt.Checkpointer(", "ckpt.restore(", "ckpt.save("):
+        assert any(call in line for line in part)
+    assert len(part) < 10, part
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_quickstart_proves_what_it_says(tmp_path: Path) -> None:
+    options = ["--steps=12", "--save-every=2", f"--keep={tmp_path / 'work'}"]
+    done = subprocess.run(
+        [sys.executable, LAUNCH / "quickstart.py", *options],
+        capture_output=True,
+        text=True,
+        timeout=450,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "SIGKILL to all 4 workers" in done.stdout
+    assert "SIGKILL to all 2 workers" in done.stdout
+    assert "All of it holds" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_training_job_that_fails_fails_the_quickstart(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "something").touch()
+    done = subprocess.run(
+        [sys.executable, LAUNCH / "quickstart.py", f"--keep={work}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "not empty" in done.stderr
