@@ -30,7 +30,10 @@ class Directories:
         self._root_is_durable = False
 
     def make(self, directory: str) -> None:
-        """Make ``directory`` and what is missing above it, each durable before the one below it is made."""
+        """Make ``directory`` and what is missing above it, each durable before the one below it is made.
+
+        A concurrent `remove_empty` may have removed it again when this returns.
+        """
         parent = os.path.dirname(directory)
         with explained("make directory", directory):
             try:
@@ -39,10 +42,8 @@ class Directories:
                 self.make(parent)
                 return self.make(directory)
             except FileExistsError:
-                if not stat.S_ISDIR(self._fs.stat(directory).st_mode):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
-                return None
-        return self.sync(parent)
+                return self._require_directory(directory)
+        return self.sync_if_there(parent)
 
     def sync(self, directory: str) -> None:
         """Make the entries of one directory durable."""
@@ -88,6 +89,17 @@ class Directories:
         """Like `sync`; a directory that is gone is no error."""
         with suppress(MissingFile):
             self.sync(directory)
+
+    def _require_directory(self, path: str) -> None:
+        try:
+            mode = self._fs.stat(path).st_mode
+        except FileNotFoundError:
+            try:
+                mode = self._fs.lstat(path).st_mode
+            except FileNotFoundError:
+                return
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def _sync_root_entry(self) -> None:
         parent = os.path.dirname(self._root)

@@ -175,10 +175,10 @@ class LocalStore(Store):
             return 0
         probe = _temporary_beside(os.path.join(self.url, "probe"))
         try:
-            with explained("probe", probe), mmap.mmap(-1, ALIGNMENT) as page, memoryview(page) as buffer:
-                fd = self._open_new(probe, _O_DIRECT)
-                with closing(self._fs, fd):
-                    write_all(self._fs, fd, buffer, 0, ALIGNMENT)
+            fd = self._open_new(probe, _O_DIRECT)
+            with explained("probe", probe), closing(self._fs, fd):
+                # An anonymous map, because it is page aligned.
+                write_all(self._fs, fd, memoryview(mmap.mmap(-1, ALIGNMENT)), 0, ALIGNMENT)
         except StoreError as error:
             if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_DIRECT_IO):
                 raise

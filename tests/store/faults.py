@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file system that fails, comes up short or dies when told to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from shardckpt.store.filesystem import FileSystem
+
+OPERATIONS: Final = frozenset(name for name in vars(FileSystem) if not name.startswith("_"))
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of the code under test may stop it."""
+
+
+class FaultyFileSystem(FileSystem):
+    """Real system calls, unless a fault was planned with one of the methods below."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._counts: Counter[str] = Counter()
+        self._failures: dict[tuple[str, int], Callable[..., Any]] = {}
+        self._always: dict[str, int] = {}
+        self._short: int | None = None
+        self._calls_left: int | None = None
+        self._lock = threading.Lock()
+
+    def fail(self, operation: str, code: int, nth: int = 1) -> FaultyFileSystem:
+        """Let the ``nth`` call of ``operation`` from now on fail with ``code`` and do nothing."""
+
+        def fault(*args: Any) -> Any:
+            raise OSError(code, os.strerror(code))
+
+        return self.replace(operation, fault, nth)
+
+    def fail_always(self, operation: str, code: int) -> FaultyFileSystem:
+        self._always[operation] = code
+        return self
+
+    def replace(self, operation: str, fault: Callable[..., Any], nth: int = 1) -> FaultyFileSystem:
+        self._failures[operation, self._counts[operation] + nth] = fault
+        return self
+
+    def transfer_at_most(self, count: int) -> FaultyFileSystem:
+        """Let reads and writes stop after ``count`` bytes."""
+        self._short = count
+        return self
+
+    def die_after(self, calls: int) -> FaultyFileSystem:
+        """Let the process be killed before call number ``calls`` + 1."""
+        self._calls_left = calls
+        return self
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def __getattribute__(self, name: str) -> Any:
+        attribute = super().__getattribute__(name)
+        return partial(self._call, name, attribute) if name in OPERATIONS else attribute
+
+    def _call(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        with self._lock:
+            if self._calls_left is not None:
+                if self._calls_left == 0:
+                    raise Killed
+                self._calls_left -= 1
+            self.calls.append((name, args))
+            self._counts[name] += 1
+            fault = self._failures.get((name, self._counts[name]))
+        if name in self._always:
+            raise OSError(self._always[name], os.strerror(self._always[name]))
+        if fault is not None:
+            return fault(*args)
+        return operation(*self._shortened(name, args))
+
+    def _shortened(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._short is None or name not in ("pwrite", "preadv"):
+            return args
+        fd, data, offset = args
+        if name == "pwrite":
+            return fd, data[: self._short], offset
+        return fd, [data[0][: self._short]], offset
+
+
+class WithoutLinks(FaultyFileSystem):
+    """A file system such as FAT, or some FUSE mounts."""
+
+    def __init__(self, code: int = errno.EOPNOTSUPP) -> None:
+        super().__init__()
+        self.fail_always("link", code)
+
+
+class Buffered(FaultyFileSystem):
+    """A file system that does not take O_DIRECT."""
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().open(path, flags, mode)
+
+
+def opened_flags(fs: FaultyFileSystem) -> Sequence[int]:
+    return [args[1] for name, args in fs.calls if name == "open"]
