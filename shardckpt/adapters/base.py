@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adapters implement, and the rule of what is a leaf, a value or a container."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DuplicateName, StateError
+from ..tree import child, escape
+from ..values import DEPTH_LIMIT, Container, is_scalar, key_text
+
+if TYPE_CHECKING:
+    from .opening import Opening
+    from .saving import Saving
+
+Finish = Callable[[], Any]
+"""Puts back what was loaded, once all tensors are filled, and returns what then stands in the state."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PerRank:
+    """Marks a part of the state that each rank has for itself: its tensors and values are stored once per rank.
+
+    On another world size, ranks that the checkpoint has get their own; further ranks keep what they have.
+    """
+
+    value: Any
+    """A tensor, a value, an object with state_dict and load_state_dict, or a mapping of these."""
+
+
+class Adapter(ABC):
+    """Turns one kind of object into a tree, and takes one back."""
+
+    @abstractmethod
+    def takes(self, value: object) -> bool:
+        """Whether ``value`` is of this kind."""
+
+    @abstractmethod
+    def expand(self, value: Any, path: str, saving: Saving) -> Any:
+        """The state of ``value`` as a tree of tensor leaves, values and containers, without copies."""
+
+    @abstractmethod
+    def open(self, value: Any, path: str, opening: Opening, *, per_rank: bool) -> Finish:
+        """Ask ``opening`` for what ``value`` wants; the result puts it back."""
+
+
+def is_plain(value: object, depth: int = 0) -> bool:
+    """Whether ``value`` is a value all through, so that it is stored as one."""
+    if depth > DEPTH_LIMIT:
+        return False
+    if is_scalar(value):
+        return True
+    if type(value) is list or type(value) is tuple:
+        return all(is_plain(item, depth + 1) for item in value)
+    if isinstance(value, Mapping):
+        return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
+    return False
+
+
+def is_value_leaf(value: object) -> bool:
+    """Whether ``value`` is stored as one value: mappings with str keys are nodes of the tree, unless empty."""
+    if isinstance(value, Mapping) and not isinstance(value, Counter) and value:
+        return not all(type(key) is str for key in value) and is_plain(value)
+    return is_plain(value)
+
+
+def container_of(value: Any, path: str) -> tuple[dict[str, Any], Container | None] | None:
+    """Children by key, and the record that names alone do not tell; None when ``value`` is no container."""
+    if type(value) is list or type(value) is tuple:
+        container = Container.of("list" if type(value) is list else "tuple", len(value))
+        return {str(at): item for at, item in enumerate(value)}, container
+    if not isinstance(value, Mapping):
+        return None
+    if all(type(key) is str for key in value):
+        return dict(value), None
+    children: dict[str, Any] = {}
+    for key, item in value.items():
+        text = key_text(key)
+        if text in children:
+            name = child(path, text)
+            raise DuplicateName(f"{name!r}: two keys of one mapping have this name: {text!r} and {key!r}", name=name)
+        children[text] = item
+    return children, Container("dict", tuple(value))
+
+
+class Descent:
+    """The containers and objects that a walk is inside of: refuses cycles and trees that are too deep."""
+
+    def __init__(self) -> None:
+        self._inside: set[int] = set()
+
+    def enter(self, value: object, path: str) -> None:
+        """Go into ``value``."""
+        if id(value) in self._inside:
+            raise StateError(f"{path!r}: the {type(value).__name__} there holds itself; break the cycle", path=path)
+        if len(self._inside) >= DEPTH_LIMIT:
+            raise StateError(f"{path!r}: the state is nested deeper than {DEPTH_LIMIT} levels", path=path)
+        self._inside.add(id(value))
+
+    def leave(self, value: object) -> None:
+        """Come out of ``value``."""
+        self._inside.discard(id(value))
+
+
+def below(path: str, *keys: str) -> str:
+    """The name of what stands under ``keys`` below ``path``, for keys known to be fit for names."""
+    return "/".join([path, *map(escape, keys)])

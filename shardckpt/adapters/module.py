@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules: plain, DDP, FSDP2, tensor-parallel, compiled, activation-checkpointed; FSDP1 is in `fsdp1`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..describe import Placed, Whereabouts, local_data
+from ..errors import DuplicateName
+from ..layout import Mesh, MeshLayout, Replicate
+from . import fsdp1
+from .base import Adapter, Finish, below
+from .names import NameCleaner, is_fsdp1, unwrap
+
+if TYPE_CHECKING:
+    from .opening import Opening
+    from .saving import Saving
+
+EXTRA_STATE = "_extra_state"
+
+
+class ModuleAdapter(Adapter):
+    """Parameters, persistent buffers and extra state under their plain names, as state_dict has them."""
+
+    def takes(self, value: object) -> bool:
+        return isinstance(value, nn.Module)
+
+    def expand(self, value: nn.Module, path: str, saving: Saving) -> Any:
+        owners = broadcast_owners(value)
+        tree: dict[str, Any] = {}
+        for name, _, leaf in entries(value, path, saving.here):
+            owner = owners.get(id(leaf))
+            if owner is None:
+                tree[name] = leaf
+            elif owner == saving.here.rank:
+                tree[name] = held_by(leaf, owner, below(path, name))
+        return tree or None
+
+    def open(self, value: nn.Module, path: str, opening: Opening, *, per_rank: bool) -> Finish:
+        live = _live_storages(value)
+        handed: dict[str, Finish] = {}
+        for name, raw, leaf in entries(value, path, opening.here):
+            at = below(path, name)
+            if is_extra_state(name) or not isinstance(leaf, torch.Tensor | Placed):
+                finish = opening.adopt(at, leaf, opening.allocate_host, per_rank=per_rank)
+                if finish is not None:
+                    handed[raw] = finish
+                elif not opening.stored.below(at):
+                    opening.miss(at)
+            elif opening.tensor(at, leaf, per_rank=per_rank) and not _is_live(leaf, live):
+                handed[raw] = _constant(leaf)
+        fsdp1.reshard(value)
+
+        def put_back() -> nn.Module:
+            if handed:
+                _hand_over(unwrap(value), {raw: finish() for raw, finish in handed.items()})
+            return value
+
+        return put_back
+
+
+def entries(module: nn.Module, path: str, here: Whereabouts) -> Iterator[tuple[str, str, Any]]:
+    """(plain name, name in state_dict, leaf) of all that the module's state_dict has; tensors are the live ones.
+
+    Raises DuplicateName when two names are equal once what wrappers add is taken out.
+    """
+    root = unwrap(module)
+    if any(map(is_fsdp1, root.modules())):
+        yield from fsdp1.entries(root, path, here)
+        return
+    cleaner = NameCleaner(root)
+    seen: dict[str, str] = {}
+    # FSDP2 has hooks in state_dict that reshard parameters which are gathered at the moment
+    for raw, leaf in root.state_dict(keep_vars=True).items():
+        name = cleaner.clean(raw)
+        if name in seen:
+            raise DuplicateName(
+                f"{path!r}: {seen[name]!r} and {raw!r} are both named {name!r} without what wrappers add to names",
+                name=name,
+            )
+        seen[name] = raw
+        yield name, raw, leaf
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a name in a state_dict is that of a module's extra state, whose type and size may change."""
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def broadcast_owners(module: nn.Module) -> dict[int, int]:
+    """By id: the buffers that DDP broadcasts before each forward pass, and the rank whose values count.
+
+    Between two broadcasts, ranks have other values (BatchNorm statistics of their own batches).
+    """
+    owners: dict[int, int] = {}
+    for wrapper in module.modules():
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.broadcast_buffers:
+            rank = dist.get_global_rank(wrapper.process_group, 0)
+            ignored = wrapper.parameters_to_ignore
+            owners |= {id(buffer): rank for name, buffer in wrapper.module.named_buffers() if name not in ignored}
+    return owners
+
+
+def held_by(leaf: torch.Tensor, rank: int, path: str) -> Placed:
+    """A plain tensor that ``rank`` alone stores."""
+    data = local_data(leaf, path)
+    return Placed(data, MeshLayout(tuple(data.shape), Mesh((rank,), (1,)), (Replicate(),)))
+
+
+def _live_storages(module: nn.Module) -> set[int]:
+    return {_storage(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return id(local) if local.layout is not torch.strided else local.untyped_storage()._cdata
+
+
+def _is_live(leaf: Any, live: set[int]) -> bool:
+    """Whether filling ``leaf`` changes the module; hooks may put copies into a state_dict."""
+    return isinstance(leaf, Placed) or _storage(leaf) in live
+
+
+def _constant(value: Any) -> Finish:
+    return lambda: value
+
+
+def _hand_over(root: nn.Module, state: dict[str, Any]) -> None:
+    """Give a module what cannot be filled in place: extra state, and what hooks made."""
+    if any(map(is_fsdp1, root.modules())):
+        fsdp1.set_extra_states(root, state)
+    else:
+        root.load_state_dict(state, strict=False)

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a tensor, as a training program holds it, to this rank's memory and the layout over all ranks. No copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as DReplicate
+from torch.distributed.tensor import Shard as DShard
+from torch.distributed.tensor.placement_types import Placement as DPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parameter import is_lazy
+
+from .adapters.dtypes import as_bits, is_storable
+from .errors import StateError, UnsupportedLeaf
+from .layout import (
+    BoxLayout,
+    FlatLayout,
+    Ints,
+    Layout,
+    Mesh,
+    MeshLayout,
+    PerRankLayout,
+    Placement,
+    Replicate,
+    Replicated,
+    Shard,
+    StridedShard,
+)
+
+_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalTensor:
+    """One named tensor as this rank sees it."""
+
+    name: str
+    """Where it stands in the state tree; in a load, the stored name to read (which may then come more than once)."""
+    data: torch.Tensor
+    """This rank's part: plain, an alias of the live memory, of any device and strides, maybe empty."""
+    layout: Layout
+    """Global shape, and what each rank holds."""
+    alias_of: str | None = None
+    """When saving: the first name of the same tensor (tied weights)."""
+    source_rank: int | None = None
+    """When loading a per-rank tensor: which rank's to read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """Memory with a layout that was worked out already; a leaf of the trees that adapters make."""
+
+    data: torch.Tensor
+    """This rank's part."""
+    layout: Layout
+    """What each rank holds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flat:
+    """This rank's slice of a tensor that is cut up flat, as ZeRO and other flat parameter buffers do.
+
+    ``data`` holds elements ``start .. start + data.numel()`` of the raveled tensor of ``shape``. The slices of all ranks
+    cover the tensor without overlap. Padding is left out.
+    """
+
+    data: torch.Tensor
+    """One-dimensional."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    start: int
+    """First element of the raveled tensor that this rank holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Which rank this is."""
+
+    rank: int
+    """Global rank."""
+    world_size: int
+    """Number of ranks."""
+
+    @classmethod
+    def here(cls) -> Whereabouts:
+        """Of the default process group; rank 0 of 1 when there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls(0, 1)
+
+
+def is_tensor_leaf(value: object) -> bool:
+    """Whether `describe` takes ``value``."""
+    return isinstance(value, torch.Tensor | Placed | Flat) or _is_sharded_tensor(value)
+
+
+def describe(leaf: Any, path: str, rank: int, *, per_rank: bool = False) -> Placed | None:
+    """This rank's memory of a tensor leaf and its layout; None when this rank holds no part of it.
+
+    Raises UnsupportedLeaf for tensors that cannot be stored as they are, StateError when a layout does not describe
+    the memory.
+    """
+    if per_rank:
+        return _describe_per_rank(leaf, path)
+    if isinstance(leaf, Placed):
+        placed = Placed(local_data(leaf.data, path), leaf.layout)
+    elif isinstance(leaf, Flat):
+        placed = _describe_flat(leaf, path, rank)
+    elif isinstance(leaf, DTensor):
+        placed = _describe_dtensor(leaf, path)
+    elif _is_sharded_tensor(leaf):
+        return _describe_sharded(leaf, path, rank)
+    else:
+        data = local_data(leaf, path)
+        return Placed(data, Replicated(tuple(data.shape)))
+    piece = placed.layout.piece(rank)
+    if piece is None:
+        return None
+    if tuple(placed.data.shape) != piece.shape:
+        raise StateError(
+            f"{path!r}: its layout says that rank {rank} holds {piece.shape} of {placed.layout.shape}, but the local "
+            f"tensor is {tuple(placed.data.shape)}. The placements do not describe the data: make the tensor with "
+            "distribute_tensor, or give DTensor.from_local the true shape.",
+            path=path,
+            rank=rank,
+        )
+    return placed
+
+
+def local_data(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    """A plain tensor on the same memory; UnsupportedLeaf, with advice, when there is none."""
+    if is_lazy(tensor):
+        raise _refuse(path, "an uninitialized lazy parameter", "Run the model once before saving or loading.")
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
+        data = tensor.detach()
+    if hasattr(data, "wait") and type(data) is not torch.Tensor:  # AsyncCollectiveTensor
+        data = data.wait()
+    if data.layout is not torch.strided:
+        raise _refuse(path, f"a tensor of layout {data.layout}", "Store its parts, such as indices() and values().")
+    if data.is_quantized:
+        raise _refuse(path, "a quantized tensor", "Store int_repr(), q_scale() and q_zero_point().")
+    if type(data) is not torch.Tensor:
+        kind = f"{type(data).__module__}.{type(data).__qualname__}"
+        raise _refuse(path, f"a tensor of type {kind}", "Store the plain tensors that it is made of.")
+    if not is_storable(data.dtype):
+        raise _refuse(path, f"a tensor of {data.dtype}", "View or convert it to a dtype of whole bytes.")
+    if data.device.type == "meta":
+        raise StateError(
+            f"{path!r}: the tensor is on the meta device and has no memory. Give the model memory first: "
+            "model.to_empty(device=...), after fully_shard or parallelize_module.",
+            path=path,
+        )
+    if data.is_conj() or data.is_neg():
+        return data.resolve_conj().resolve_neg()
+    return data
+
+
+def check_fillable(tensor: torch.Tensor, path: str) -> None:
+    """Raise StateError when ``tensor`` cannot be filled in place."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise StateError(
+            f"{path!r}: cannot load into a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}, "
+            "several elements of which are one place in memory. Make it contiguous(), or leave it out with keys=.",
+            path=path,
+        )
+
+
+def _refuse(path: str, what: str, advice: str) -> UnsupportedLeaf:
+    return UnsupportedLeaf(f"{path!r}: {what} is not stored. {advice}", path=path, type=what)
+
+
+def _describe_per_rank(leaf: Any, path: str) -> Placed:
+    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DTensor):
+        raise _refuse(
+            path,
+            f"a {type(leaf).__name__} inside PerRank",
+            "It says itself how ranks share it: take it out of PerRank, or use its local tensor.",
+        )
+    data = local_data(leaf, path)
+    return Placed(data, PerRankLayout(tuple(data.shape)))
+
+
+def _describe_flat(leaf: Flat, path: str, rank: int) -> Placed:
+    data = local_data(leaf.data, path)
+    stop = leaf.start + data.numel()
+    shape = tuple(int(size) for size in leaf.shape)
+    if data.dim() != 1 or leaf.start < 0 or stop > torch.Size(shape).numel():
+        raise StateError(
+            f"{path!r}: Flat needs one-dimensional data inside the raveled tensor of shape {shape}, but got data of "
+            f"shape {tuple(data.shape)} for elements {leaf.start} to {stop}. Leave padding out.",
+            path=path,
+        )
+    return placed_flat(data, FlatLayout(shape, ((rank, leaf.start, stop),)), rank)
+
+
+def placed_flat(data: torch.Tensor, layout: FlatLayout, rank: int) -> Placed:
+    """One-dimensional memory with the shape that ``layout`` gives it: a range that is all of a tensor has its shape."""
+    piece = layout.piece(rank)
+    return Placed(data if piece is None else data.view(piece.shape), layout)
+
+
+# ---- DTensor
+
+
+def _describe_dtensor(tensor: DTensor, path: str) -> Placed:
+    placements = tuple(convert_placement(placement, path) for placement in tensor.placements)
+    layout = MeshLayout(tuple(tensor.shape), convert_mesh(tensor.device_mesh), placements)
+    return Placed(local_data(tensor, path), layout)
+
+
+@lru_cache(maxsize=256)
+def convert_mesh(mesh: torch.distributed.DeviceMesh) -> Mesh:
+    """A device mesh as pure data."""
+    ranks = mesh.mesh
+    return Mesh(tuple(ranks.flatten().tolist()), tuple(ranks.shape))
+
+
+def convert_placement(placement: DPlacement, path: str) -> Placement:
+    """A DTensor placement as pure data."""
+    if isinstance(placement, _StridedShard):  # before Shard, of which it is a subclass in older versions of torch
+        if placement.split_factor == 1:
+            return Shard(placement.dim)
+        return StridedShard(placement.dim, placement.split_factor)
+    if isinstance(placement, DShard):
+        return Shard(placement.dim)
+    if isinstance(placement, DReplicate):
+        return Replicate()
+    raise _refuse(
+        path,
+        f"a DTensor with placement {placement}",
+        "Its ranks hold unreduced parts: redistribute() it to Shard or Replicate.",
+    )
+
+
+# ---- ShardedTensor
+
+
+def _is_sharded_tensor(value: object) -> bool:
+    # by name: importing torch.distributed._shard costs time, and no instance exists where it is not imported
+    kind = type(value)
+    return kind.__name__ == "ShardedTensor" and kind.__module__.startswith("torch.distributed._shard")
+
+
+def _describe_sharded(tensor: Any, path: str, rank: int) -> Placed | None:
+    metadata = tensor.metadata()
+    boxes = []
+    for shard in metadata.shards_metadata:
+        owner = shard.placement.rank()
+        # ranks in placements count within the process group of the tensor
+        group = getattr(tensor, "_process_group", None)
+        owner = dist.get_global_rank(group, owner) if group is not None else owner
+        boxes.append((owner, tuple(shard.shard_offsets), tuple(shard.shard_sizes)))
+    if len({owner for owner, _, _ in boxes}) < len(boxes):
+        raise _refuse(path, "a ShardedTensor with several shards on one rank", "Use a DTensor.")
+    shards = tensor.local_shards()
+    if not shards:
+        return None
+    boxes.sort(key=lambda box: box[1:])
+    layout = BoxLayout(tuple(metadata.size), tuple(boxes))
+    piece = layout.piece(rank)
+    data = local_data(shards[0].tensor, path)
+    if piece is None or piece.shape != tuple(data.shape):
+        raise StateError(f"{path!r}: the metadata of the ShardedTensor do not describe its local shard", path=path)
+    return Placed(data, layout)
+
+
+# ---- replica samples
+
+
+def sample_digest(local: torch.Tensor) -> int:
+    """xxh3-64 of at most 64 elements spread over ``local``: equal for equal tensors, whatever device and strides."""
+    return sample_digests([local])[0]
+
+
+def sample_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """`sample_digest` of each tensor, with one transfer per device."""
+    samples = [_sample(tensor) for tensor in tensors]
+    digests = [xxhash.xxh3_64_intdigest(b"")] * len(tensors)
+    for device in {sample.device for sample in samples}:
+        chosen = [at for at, sample in enumerate(samples) if sample.device == device and sample.numel()]
+        if not chosen:
+            continue
+        host = memoryview(torch.cat([samples[at] for at in chosen]).cpu().numpy())
+        start = 0
+        for at in chosen:
+            digests[at] = xxhash.xxh3_64_intdigest(host[start : start + samples[at].numel()])
+            start += samples[at].numel()
+    return digests
+
+
+@torch.no_grad()
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes of the sampled elements, on the tensor's device."""
+    bits = as_bits(tensor)
+    count = min(bits.numel(), _SAMPLES)
+    if count < bits.numel():
+        at = torch.arange(count) * (bits.numel() - 1) // (count - 1)
+        bits = bits[_unravel(at.to(tensor.device), tuple(bits.shape))]
+    return bits.reshape(-1).contiguous().view(torch.uint8)
+
+
+def _unravel(at: torch.Tensor, shape: Ints) -> tuple[torch.Tensor, ...]:
+    """Indices per dimension of row-major positions; the tensor itself may have any strides."""
+    indices: list[torch.Tensor] = []
+    for size in reversed(shape):
+        indices.append(at % size)
+        at = at // size
+    return tuple(reversed(indices))
