@@ -30,18 +30,30 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.path.read_text(), filename=str(self.path))
 
-    def imports(self) -> Iterator[tuple[int, str]]:
-        """Line and absolute name of everything this module imports, also inside functions."""
+    def imports(self, *, for_types: bool = True) -> Iterator[tuple[int, str]]:
+        """Line and absolute name of everything this module imports, also inside functions.
+
+        With ``for_types=False`` without what only a type checker reads.
+        """
         package = self.name.split(".")
         if self.path.name != "__init__.py":
             package = package[:-1]
         for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not for_types and node in self._for_types:
+                continue
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 base = package[: len(package) + 1 - node.level] if node.level else []
                 origin = ".".join([*base, *([node.module] if node.module else [])])
                 yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+
+    @cached_property
+    def _for_types(self) -> set[ast.AST]:
+        guards = [
+            node for node in ast.walk(self.tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
+        return {child for guard in guards for statement in guard.body for child in ast.walk(statement)}
 
 
 def modules(*places: str) -> list[Module]:
