@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from obstore.store import from_url
 
 from shardckpt.store.object import ObjectStore
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Backend
 
 
 def client(endpoint: str) -> Any:
@@ -22,10 +25,9 @@ def client(endpoint: str) -> Any:
     )
 
 
-def object_store(endpoint: str, prefix: str, bucket: str = "bucket", retries: int = 0) -> ObjectStore:
-    """The objects under ``prefix``; single requests are tried again ``retries`` times, without waiting long."""
-    url = f"s3://{bucket}/{prefix}"
-    backend = from_url(
+def backend(url: str, endpoint: str, retries: int = 0) -> Backend:
+    """The library's client; single requests are tried again ``retries`` times, without waiting long."""
+    return from_url(
         url,
         config={
             "endpoint": endpoint,
@@ -40,4 +42,9 @@ def object_store(endpoint: str, prefix: str, bucket: str = "bucket", retries: in
             "backoff": {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=10)},
         },
     )
-    return ObjectStore(url, backend)
+
+
+def object_store(endpoint: str, prefix: str, bucket: str = "bucket", retries: int = 0) -> ObjectStore:
+    """The objects under ``prefix``."""
+    url = f"s3://{bucket}/{prefix}"
+    return ObjectStore(url, backend(url, endpoint, retries))

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Object stores over a network and a service that fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shardckpt.errors import AlreadyExists, ConfigError, MissingFile, StoreError
+from shardckpt.store import RetryingStore, open_store
+from tests.store.helpers import aligned, load_file, names, some_bytes, store_file
+from tests.store.proxy import Fault, Proxy, running_proxy
+
+if TYPE_CHECKING:
+    from shardckpt.store.object import ObjectStore
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    with running_proxy(s3_endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def store(proxy: Proxy) -> ObjectStore:
+    """A store behind the proxy; the library underneath tries nothing again."""
+    from tests.store.s3 import object_store
+
+    return object_store(proxy.url, uuid.uuid4().hex)
+
+
+@pytest.fixture
+def s3(s3_endpoint: str) -> Any:
+    from tests.store.s3 import client
+
+    return client(s3_endpoint)
+
+
+def unfinished_uploads(s3: Any) -> list[Any]:
+    return list(s3.list_multipart_uploads(Bucket="bucket").get("Uploads", []))
+
+
+def retrying(store: ObjectStore) -> RetryingStore:
+    return RetryingStore(store, sleep=lambda _: None)
+
+
+LOST_REPLIES = [Fault(method="PUT", forward=True), Fault(method="PUT", forward=True, status=500)]
+
+
+@pytest.mark.parametrize("fault", LOST_REPLIES)
+def test_a_put_whose_reply_was_lost_is_recognised(store: ObjectStore, proxy: Proxy, fault: Fault) -> None:
+    proxy.faults.append(fault)
+    store.put_if_absent("step-1/manifest.json", b"ours")
+    assert store.get("step-1/manifest.json", 10) == b"ours"
+    assert not proxy.faults
+
+
+def test_412_after_our_own_success_is_success(proxy: Proxy) -> None:
+    from tests.store.s3 import object_store
+
+    store = object_store(proxy.url, uuid.uuid4().hex, retries=1)
+    proxy.faults.append(Fault(method="PUT", forward=True, status=503))
+    store.put_if_absent("step-1/manifest.json", b"ours")
+    assert [request for request in proxy.requests if request.startswith("PUT")] == ["PUT ", "PUT "]
+
+
+@pytest.mark.parametrize("fault", LOST_REPLIES)
+def test_a_lost_reply_does_not_turn_a_loser_into_a_winner(store: ObjectStore, proxy: Proxy, fault: Fault) -> None:
+    store.put_if_absent("step-1/manifest.json", b"theirs")
+    proxy.faults.append(fault)
+    with pytest.raises(AlreadyExists):
+        retrying(store).put_if_absent("step-1/manifest.json", b"ours")
+    assert store.get("step-1/manifest.json", 10) == b"theirs"
+
+
+@pytest.mark.parametrize("status", [None, 429, 500, 503])
+def test_a_put_that_did_not_arrive_is_transient(store: ObjectStore, proxy: Proxy, status: int | None) -> None:
+    proxy.faults.append(Fault(method="PUT", status=status))
+    with pytest.raises(StoreError) as caught:
+        store.put_if_absent("step-1/manifest.json", b"ours")
+    assert caught.value.transient is True
+    assert caught.value.__cause__ is not None
+    assert names(store) == []
+    proxy.faults.append(Fault(method="PUT", status=status))
+    retrying(store).put_if_absent("step-1/manifest.json", b"ours")
+    assert store.get("step-1/manifest.json", 10) == b"ours"
+
+
+@pytest.mark.parametrize("fault", [Fault(method="GET"), Fault(method="GET", status=503), Fault(method="GET", cut=True)])
+def test_reads_and_listings_come_through_troubles(store: ObjectStore, proxy: Proxy, fault: Fault) -> None:
+    data = some_bytes(3 * MIB)
+    store.put_if_absent("step-1/file", data)
+    proxy.faults.append(fault)
+    assert load_file(retrying(store), "step-1/file") == data
+    proxy.faults.append(fault)
+    assert names(retrying(store)) == ["step-1/file"]
+    assert not proxy.faults
+
+
+def test_missing_and_forbidden_are_not_tried_again(store: ObjectStore, proxy: Proxy) -> None:
+    with pytest.raises(MissingFile):
+        retrying(store).open("gone")
+    proxy.faults.append(Fault(method="GET", status=403))
+    store.put_if_absent("file", b"data")
+    with pytest.raises(StoreError, match="check the policy of the bucket"):
+        retrying(store).get("file", 10)
+    assert [request for request in proxy.requests if request.startswith("GET")] == ["GET "]
+
+
+def test_an_object_replaced_between_two_reads_is_noticed(store: ObjectStore, s3: Any) -> None:
+    store.put_if_absent("file", b"first")
+    with store.open("file") as reader:
+        s3.put_object(Bucket="bucket", Key=f"{store.url.rpartition('/')[2]}/file", Body=b"other")
+        with pytest.raises(StoreError, match="replaced the object"):
+            reader.read_at(0, [memoryview(bytearray(5))])
+
+
+def test_a_large_file_is_assembled_from_parts(store: ObjectStore, proxy: Proxy) -> None:
+    data = some_bytes(20 * MIB + 12345)
+    view = aligned(data)
+    chunks = list(range(0, view.nbytes, 2 * MIB))
+    with store.create("step-1/file", len(data)) as writer:
+        for offset in [*chunks[3::-1], *chunks[4:]]:
+            writer.write_at(offset, view[offset : offset + 2 * MIB])
+        assert names(store) == []
+        writer.finish()
+    assert load_file(store, "step-1/file") == data
+    assert sum("partNumber" in request for request in proxy.requests) == 3
+
+
+@pytest.mark.parametrize("size", [MIB, 20 * MIB])
+def test_an_abort_leaves_no_object_and_no_parts(store: ObjectStore, s3: Any, size: int) -> None:
+    view = aligned(bytes(size))
+    with store.create("step-1/file", size) as writer:
+        for offset in range(0, size, MIB):
+            writer.write_at(offset, view[offset : offset + MIB])
+        if size > MIB:
+            deadline = time.monotonic() + 10
+            while not unfinished_uploads(s3) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert unfinished_uploads(s3)
+    assert names(store) == []
+    assert unfinished_uploads(s3) == []
+
+
+def test_a_part_that_fails_fails_the_save_and_cleans_up(store: ObjectStore, proxy: Proxy, s3: Any) -> None:
+    proxy.faults.append(Fault(method="PUT", status=500, query="partNumber=2"))
+    data = some_bytes(20 * MIB)
+    with pytest.raises(StoreError, match="cannot upload 'step-1/file'"):
+        store_file(store, "step-1/file", data)
+    assert names(store) == []
+    assert unfinished_uploads(s3) == []
+
+
+def test_an_error_in_a_reply_with_status_200_is_an_error(store: ObjectStore, proxy: Proxy, s3: Any) -> None:
+    proxy.faults.append(Fault(method="POST", status=200, query="uploadId"))
+    with pytest.raises(StoreError, match="cannot upload") as caught:
+        store_file(store, "step-1/file", some_bytes(9 * MIB))
+    assert caught.value.transient is True
+    assert names(store) == []
+
+
+def test_writes_wait_when_too_much_is_ahead_of_the_upload(store: ObjectStore) -> None:
+    from shardckpt.store.upload import WINDOW, ObjectWriter
+
+    size = WINDOW + 2 * MIB
+    data = some_bytes(size)
+    view = aligned(data)
+    with store.create("file", size) as writer:
+        assert isinstance(writer, ObjectWriter)
+        writer.write_at(MIB, view[MIB : MIB + WINDOW])
+        last = threading.Thread(target=writer.write_at, args=(WINDOW + MIB, view[WINDOW + MIB :]))
+        last.start()
+        last.join(0.1)
+        assert last.is_alive()
+        writer.write_at(0, view[:MIB])
+        last.join()
+        writer.finish()
+    assert load_file(store, "file") == data
+
+
+def test_a_write_that_waits_in_vain_says_for_what(s3_endpoint: str) -> None:
+    from shardckpt.store.upload import WINDOW, ObjectWriter
+    from tests.store.s3 import backend
+
+    view = aligned(bytes(MIB))
+    url = "s3://bucket/vain"
+    writer = ObjectWriter(backend(url, s3_endpoint), url, "file", 2 * WINDOW, patience=0.05)
+    with writer, pytest.raises(StoreError, match="waits for offset 0"):
+        for offset in range(MIB, 2 * WINDOW, MIB):
+            writer.write_at(offset, view)
+
+
+def test_a_bucket_that_is_not_there_is_named(s3_endpoint: str) -> None:
+    from tests.store.s3 import object_store
+
+    store = object_store(s3_endpoint, "run", bucket="nowhere")
+    for operation in (lambda: store.put_if_absent("file", b""), lambda: store_file(store, "file", b""), store.list):
+        with pytest.raises(StoreError, match="nowhere"):
+            operation()
+
+
+def test_urls_that_make_no_sense_are_refused() -> None:
+    pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
+    with pytest.raises(ConfigError, match="az://container/path"):
+        open_store("az://container-without-account/path")
+
+
+def test_without_the_extra_the_error_says_how_to_get_it() -> None:
+    program = (
+        "import sys; sys.modules['obstore'] = None\n"
+        "from shardckpt.errors import ConfigError\n"
+        "from shardckpt.store import open_store\n"
+        "try: open_store('s3://bucket/run')\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "pip install 'shardckpt[cloud]'" in done.stdout, done.stderr
