@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DReplicate
 from torch.distributed.tensor import Shard as DShard
@@ -218,19 +219,22 @@ def _describe_dtensor(tensor: DTensor, path: str) -> Placed:
     return Placed(local_data(tensor, path), layout)
 
 
-@lru_cache(maxsize=256)
-def convert_mesh(mesh: torch.distributed.DeviceMesh) -> Mesh:
-    """A device mesh as pure data."""
-    ranks = mesh.mesh
-    return Mesh(tuple(ranks.flatten().tolist()), tuple(ranks.shape))
+def convert_mesh(mesh: DeviceMesh) -> Mesh:
+    """A device mesh as pure data; the same object for the same mesh."""
+    known = _MESHES.get(mesh)
+    if known is None:
+        known = _MESHES[mesh] = Mesh(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))
+    return known
+
+
+_MESHES: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
 
 
 def convert_placement(placement: DPlacement, path: str) -> Placement:
     """A DTensor placement as pure data."""
     if isinstance(placement, _StridedShard):  # before Shard, of which it is a subclass in older versions of torch
-        if placement.split_factor == 1:
-            return Shard(placement.dim)
-        return StridedShard(placement.dim, placement.split_factor)
+        factor = int(placement.split_factor)
+        return Shard(placement.dim) if factor == 1 else StridedShard(placement.dim, factor)
     if isinstance(placement, DShard):
         return Shard(placement.dim)
     if isinstance(placement, DReplicate):
@@ -290,7 +294,7 @@ def sample_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
         chosen = [at for at, sample in enumerate(samples) if sample.device == device and sample.numel()]
         if not chosen:
             continue
-        host = memoryview(torch.cat([samples[at] for at in chosen]).cpu().numpy())
+        host = torch.cat([samples[at] for at in chosen]).cpu().numpy().tobytes()
         start = 0
         for at in chosen:
             digests[at] = xxhash.xxh3_64_intdigest(host[start : start + samples[at].numel()])

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .adapters.base import Adapter, Finish, PerRank
+from .adapters.adapter import Adapter
+from .adapters.base import Finish, PerRank
 from .adapters.module import ModuleAdapter
 from .adapters.names import ParameterNames
 from .adapters.opening import Opening

@@ -157,12 +157,15 @@ def _encode_container(value: Value, path: str, depth: int) -> Any:
     if isinstance(value, Container):
         return {"$": "container", "kind": value.kind, "v": _container_keys(value, path, depth)}
     if isinstance(value, Mapping):
-        if not isinstance(value, Counter) and "$" not in value and all(type(key) is str for key in value):
-            if all(isinstance(_encode_str(key), str) for key in value):
-                return {key: _encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
+        if not isinstance(value, Counter) and all(map(_is_plain_key, value)):
+            return {key: _encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
         pairs = [[_encode(key, path, depth + 1), _encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()]
         return {"$": "counter" if isinstance(value, Counter) else "dict", "v": pairs}
     return None
+
+
+def _is_plain_key(key: object) -> bool:
+    return type(key) is str and key != "$" and isinstance(_encode_str(key), str)
 
 
 def _container_keys(container: Container, path: str, depth: int) -> Any:

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters implement, and the rule of what is a leaf, a value or a container."""
+"""The rule of what is a leaf, a value or a container, for saving and loading alike."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import DuplicateName, StateError
 from ..tree import child, escape
 from ..values import DEPTH_LIMIT, Container, is_scalar, key_text
-
-if TYPE_CHECKING:
-    from .opening import Opening
-    from .saving import Saving
 
 Finish = Callable[[], Any]
 """Puts back what was loaded, once all tensors are filled, and returns what then stands in the state."""
@@ -30,22 +25,6 @@ class PerRank:
 
     value: Any
     """A tensor, a value, an object with state_dict and load_state_dict, or a mapping of these."""
-
-
-class Adapter(ABC):
-    """Turns one kind of object into a tree, and takes one back."""
-
-    @abstractmethod
-    def takes(self, value: object) -> bool:
-        """Whether ``value`` is of this kind."""
-
-    @abstractmethod
-    def expand(self, value: Any, path: str, saving: Saving) -> Any:
-        """The state of ``value`` as a tree of tensor leaves, values and containers, without copies."""
-
-    @abstractmethod
-    def open(self, value: Any, path: str, opening: Opening, *, per_rank: bool) -> Finish:
-        """Ask ``opening`` for what ``value`` wants; the result puts it back."""
 
 
 def is_plain(value: object, depth: int = 0) -> bool:

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..describe import Placed, Whereabouts, placed_flat
-from ..errors import StateError
 from ..layout import FlatLayout, Replicated
-from .names import NameCleaner, Slot, is_fsdp1
+from .wrappers import NameCleaner, Slot, is_fsdp1
 
 
 def entries(root: nn.Module, path: str, here: Whereabouts) -> Iterator[tuple[str, str, Any]]:
@@ -149,9 +148,3 @@ def _unmanaged(module: nn.Module, name: str, managed: set[tuple[int, str]]) -> I
             yield prefix + key, prefix + key, buffer
     if type(module).get_extra_state is not nn.Module.get_extra_state and not is_fsdp1(module):
         yield prefix + "_extra_state", prefix + "_extra_state", module.get_extra_state()
-
-
-def check_supported(handle: Any, path: str) -> None:
-    """Raise StateError for flat parameters that are cut up in a way not known here."""
-    if not hasattr(handle.flat_param, "_is_padding_mask"):
-        raise StateError(f"{path!r}: this FSDP module has no flat parameter of a known form; use fully_shard", path=path)

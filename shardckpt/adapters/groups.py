@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import TargetMismatch
 from .base import Finish, below
-from .names import Slot
-
-if TYPE_CHECKING:
-    from .opening import Opening
+from .opening import Opening
+from .wrappers import Slot
 
 _LATER_KEYS = {"initial_lr", "params", "param_names"}
 """Keys that do not tell kinds of optimizers apart."""

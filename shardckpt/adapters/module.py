@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,11 @@ from ..describe import Placed, Whereabouts, local_data
 from ..errors import DuplicateName
 from ..layout import Mesh, MeshLayout, Replicate
 from . import fsdp1
-from .base import Adapter, Finish, below
-from .names import NameCleaner, is_fsdp1, unwrap
-
-if TYPE_CHECKING:
-    from .opening import Opening
-    from .saving import Saving
+from .adapter import Adapter
+from .base import Finish, below
+from .opening import Opening
+from .saving import Saving
+from .wrappers import NameCleaner, is_fsdp1, unwrap
 
 EXTRA_STATE = "_extra_state"
 

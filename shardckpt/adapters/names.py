@@ -3,79 +3,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DuplicateName, StateError
-from ..layout import FlatLayout
 from .base import PerRank
-
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Parts of names that torch.compile, activation checkpointing and FSDP1 add."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One named parameter, and where it lies in what the optimizer updates."""
-
-    fqn: str
-    """Name of the parameter in its module."""
-    layout: FlatLayout | None = None
-    """For FSDP1: how the parameter is cut up over ranks; else the optimizer updates the parameter itself."""
-    offset: int = 0
-    """For FSDP1: first element in the optimizer's flat parameter."""
-    numel: int = 0
-    """For FSDP1: number of elements that this rank holds."""
-
-
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether ``module`` is a FullyShardedDataParallel wrapper."""
-    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return loaded is not None and isinstance(module, loaded.FullyShardedDataParallel)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside of DDP, DataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
-            module = inner
-        else:
-            return module
-
-
-class NameCleaner:
-    """Takes what wrappers add out of the names below one module, so that wrapping does not change names."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._prefixes = sorted(
-            (
-                f"{name}.module." if name else "module."
-                for name, module in root.named_modules(remove_duplicate=False)
-                if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-            ),
-            key=len,
-            reverse=True,
-        )
-
-    def clean(self, name: str) -> str:
-        """The plain name."""
-        for prefix in self._prefixes:
-            if name.startswith(prefix):
-                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
-        return strip_wrappers(name)
-
-
-def strip_wrappers(name: str) -> str:
-    """``name`` without the parts that wrappers add by themselves."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+from .fsdp1 import parameter_slots
+from .wrappers import NameCleaner, Slot, is_fsdp1, strip_wrappers, unwrap
 
 
 def find(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
@@ -110,7 +48,7 @@ class ParameterNames:
     def _offer(self, param: torch.Tensor, path: str, slots: list[Slot]) -> None:
         """Take the name from the outermost module: it stays when a submodule is added to the state."""
         known = self._slots.get(id(param))
-        if known is None or slots[0].fqn.count(".") > known[1][0].fqn.count(".") and path != known[0]:
+        if known is None or (path != known[0] and slots[0].fqn.count(".") > known[1][0].fqn.count(".")):
             self._slots[id(param)] = (path, slots)
 
     def slots(self, groups: list[dict[str, Any]], path: str) -> dict[torch.Tensor, list[Slot]]:
@@ -151,8 +89,6 @@ class ParameterNames:
 def _module_slots(module: nn.Module) -> Iterator[tuple[torch.Tensor, list[Slot]]]:
     root = unwrap(module)
     if any(map(is_fsdp1, root.modules())):
-        from .fsdp1 import parameter_slots
-
         yield from parameter_slots(root)
         return
     cleaner = NameCleaner(root)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,7 +12,7 @@ from ..describe import Flat, LocalTensor, Placed, Whereabouts, check_fillable, d
 from ..errors import TargetMismatch
 from ..tree import StoredIndex, StoredTensor, child
 from ..values import Container, key_text, unsupported
-from .base import Adapter, Descent, Finish, PerRank, container_of, is_value_leaf
+from .base import Descent, Finish, PerRank, container_of, is_plain, is_value_leaf
 from .dtypes import dtype_name, dtype_named
 from .names import ParameterNames
 
@@ -20,12 +20,20 @@ Allocate = Callable[[str, StoredTensor], Any]
 """Makes the tensor that a stored one is read into, by its stored name."""
 
 
+class Opens(Protocol):
+    """What loading needs of an adapter."""
+
+    def takes(self, value: object) -> bool: ...
+
+    def open(self, value: Any, path: str, opening: Opening, *, per_rank: bool) -> Finish: ...
+
+
 class Opening:
     """Walks a target and collects what it wants."""
 
     def __init__(
         self,
-        adapters: Sequence[Adapter],
+        adapters: Sequence[Opens],
         names: ParameterNames,
         here: Whereabouts,
         stored: StoredIndex,
@@ -242,7 +250,7 @@ def _child_of(template: Any, key: str) -> Any:
     if isinstance(template, Mapping):
         if key in template:
             return template[key]
-        return next((item for name, item in template.items() if key_text(name) == key), None)
+        return next((item for name, item in template.items() if is_plain(name) and key_text(name) == key), None)
     if isinstance(template, list | tuple) and key.isdecimal() and int(key) < len(template):
         return template[int(key)]
     return None

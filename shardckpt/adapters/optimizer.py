@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -29,14 +29,13 @@ from torch.optim import Optimizer
 from ..describe import Placed, placed_flat
 from ..errors import StateError
 from ..values import encode_value
+from .adapter import Adapter
 from .allocate import StateAllocator
-from .base import Adapter, Finish, below, is_plain
+from .base import Finish, below, is_plain
 from .groups import open_groups
-from .names import Slot
-
-if TYPE_CHECKING:
-    from .opening import Opening
-    from .saving import Saving
+from .opening import Opening
+from .saving import Saving
+from .wrappers import Slot
 
 NOT_STORED = ("params", "param_names")
 """Keys of a param group that are no hyperparameters."""

@@ -8,16 +8,15 @@ import importlib.util
 import random
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import StateError, TargetMismatch
-from .base import Adapter, Finish, PerRank, below
-
-if TYPE_CHECKING:
-    from .opening import Opening
-    from .saving import Saving
+from .adapter import Adapter
+from .base import Finish, PerRank, below
+from .opening import Opening
+from .saving import Saving
 
 _PYTHON = struct.Struct("<625I?d")
 _NUMPY = struct.Struct("<625I?d")

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..describe import LocalTensor, Whereabouts, describe, is_tensor_leaf
 from ..errors import DuplicateName
 from ..tree import child
 from ..values import Container, Value, encode_value, unsupported
-from .base import Adapter, Descent, PerRank, container_of, is_value_leaf
+from .base import Descent, PerRank, container_of, is_value_leaf
 from .names import ParameterNames
 
 
@@ -29,10 +29,18 @@ class Captured:
     """Records of containers that names alone do not tell."""
 
 
+class Expands(Protocol):
+    """What saving needs of an adapter."""
+
+    def takes(self, value: object) -> bool: ...
+
+    def expand(self, value: Any, path: str, saving: Saving) -> Any: ...
+
+
 class Saving:
     """Walks a state and collects its leaves."""
 
-    def __init__(self, adapters: Sequence[Adapter], names: ParameterNames, here: Whereabouts) -> None:
+    def __init__(self, adapters: Sequence[Expands], names: ParameterNames, here: Whereabouts) -> None:
         self.names = names
         self.here = here
         self.captured = Captured()

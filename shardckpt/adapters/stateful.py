@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .base import Adapter, Finish
-
-if TYPE_CHECKING:
-    from .opening import Opening
-    from .saving import Saving
+from .adapter import Adapter
+from .base import Finish
+from .opening import Opening
+from .saving import Saving
 
 
 class StatefulAdapter(Adapter):

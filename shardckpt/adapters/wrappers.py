@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What wrappers of modules add to names, and how to take it out again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..layout import FlatLayout
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Parts of names that torch.compile, activation checkpointing and FSDP1 add."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One named parameter, and where it lies in what the optimizer updates."""
+
+    fqn: str
+    """Name of the parameter in its module."""
+    layout: FlatLayout | None = None
+    """For FSDP1: how the parameter is cut up over ranks; else the optimizer updates the parameter itself."""
+    offset: int = 0
+    """For FSDP1: first element in the optimizer's flat parameter."""
+    numel: int = 0
+    """For FSDP1: number of elements that this rank holds."""
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether ``module`` is a FullyShardedDataParallel wrapper."""
+    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return loaded is not None and isinstance(module, loaded.FullyShardedDataParallel)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside of DDP, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+class NameCleaner:
+    """Takes what wrappers add out of the names below one module, so that wrapping does not change names."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._prefixes = sorted(
+            (
+                f"{name}.module." if name else "module."
+                for name, module in root.named_modules(remove_duplicate=False)
+                if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+            ),
+            key=len,
+            reverse=True,
+        )
+
+    def clean(self, name: str) -> str:
+        """The plain name."""
+        for prefix in self._prefixes:
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        return strip_wrappers(name)
+
+
+def strip_wrappers(name: str) -> str:
+    """``name`` without the parts that wrappers add by themselves."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
