@@ -19,9 +19,9 @@ DIGEST_BYTES = 8
 
 
 class Block(NamedTuple):
-    """One digest block of a data region."""
+    """One digest block of a data region: its number, and its bytes ``[start, stop)``."""
 
-    index: int
+    number: int
     start: int
     stop: int
 

@@ -151,9 +151,10 @@ class Plan:
         """The same by name."""
         self.aliases = aliases
         """Second names of tensors, each with the canonical one."""
-        self.block_size = block_size or choose_block_size(int(self.bytes_by_rank.sum()))
+        self.block_size = block_size or choose_block_size(self.total_bytes)
         """Bytes per digest block."""
         self._pieces: dict[int, tuple[FilePiece, ...]] = {}
+        self._offsets: dict[int, dict[str, int]] = {}
 
     def file_pieces(self, rank: int) -> tuple[FilePiece, ...]:
         """All pieces in the file of ``rank``, in file order."""
@@ -174,9 +175,17 @@ class Plan:
                 offset += found.nbytes
                 yield found
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of tensor data in all files."""
+        return int(self.bytes_by_rank.sum())
+
     def offsets(self, rank: int) -> dict[str, int]:
         """Where each tensor starts in the data region of the file of ``rank``, in bytes."""
-        return {found.tensor.name: found.offset for found in self.file_pieces(rank)}
+        known = self._offsets.get(rank)
+        if known is None:
+            known = self._offsets[rank] = {found.tensor.name: found.offset for found in self.file_pieces(rank)}
+        return known
 
     @cached_property
     def bytes_by_rank(self) -> npt.NDArray[np.int64]:

@@ -52,11 +52,6 @@ class Checkpoint:
         """Block digests of each rank's file, one after the other."""
         return tuple(decode_digests(file.digests, f"files[{rank}]") for rank, file in enumerate(self.manifest.files))
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of tensor data in all rank files."""
-        return int(self.plan.bytes_by_rank.sum())
-
 
 class _Envelope(msgspec.Struct):
     """The fields that say whether the rest can be understood."""

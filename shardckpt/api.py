@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`save` and `load`: one blocking call each, for one checkpoint at one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .coordinate import Coordinator
+from .errors import CheckpointNotFound, ConfigError, MissingFile
+from .loading import Load, Restored, Selection
+from .manifest import MANIFEST_NAME, step_directory
+from .options import Options
+from .root import Root
+from .saving import Saved, Saver
+from .store import Store, open_store
+
+
+def save(
+    url: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    step: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> Saved:
+    """Save ``state`` as one checkpoint at ``url``, and return when it is durable.
+
+    Collective: every rank calls it with its part of the state. ``step`` and ``metadata`` (a mapping of JSON values) are stored
+    in the manifest. Raises `AlreadyCommitted` when ``url`` has a checkpoint already; nothing is ever overwritten.
+    """
+    options = options or Options()
+    check_step(step)
+    store = open_store(url)
+    with Coordinator.connect(timeout=options.timeout) as coordinator:
+        return Saver(coordinator, store, options).save("", step, state, metadata or {})
+
+
+def load(
+    url: str | os.PathLike[str],
+    into: Mapping[str, Any] | None = None,
+    *,
+    keys: Sequence[str] | None = None,
+    strict: bool = True,
+    convert_dtype: bool = False,
+    expect_digest: str | None = None,
+    options: Options | None = None,
+) -> Restored:
+    """Load the checkpoint at ``url``: one that `save` made, a step directory, or the newest step of a `Checkpointer`'s root.
+
+    Collective. With ``into``, a state like the one that was saved, tensors are filled in place on any world size, mesh or
+    placement. Without, ``.state`` of the result is the whole state as plain CPU tensors and values.
+
+    ``keys`` are shell patterns of names, such as ``["model/*"]``; names that match none keep their values. Only what is below
+    the top-level keys of ``into`` is looked at. ``strict=False`` reports missing and unexpected names instead of raising
+    `MissingNames`. A tensor of another shape raises `ShapeMismatch`, of another dtype `DtypeMismatch` unless
+    ``convert_dtype=True``. ``expect_digest`` is the digest that `save` returned; any other manifest is refused.
+    """
+    options = options or Options()
+    store = open_store(url)
+    selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
+    with Coordinator.connect(timeout=options.timeout) as coordinator:
+        prefix = coordinator.broadcast("load: find", lambda: find_checkpoint(store).encode()).decode()
+        return Load(coordinator, store, prefix, selection, options).run(into)
+
+
+def find_checkpoint(store: Store) -> str:
+    """Prefix of the checkpoint in a store: its root, or the newest committed step."""
+    try:
+        store.open(MANIFEST_NAME).close()
+        return ""
+    except MissingFile:
+        steps = Root(store).steps()
+    if not steps:
+        raise CheckpointNotFound(f"there is no committed checkpoint in {store.url}", url=store.url)
+    return f"{step_directory(steps[-1])}/"
+
+
+def check_step(step: int) -> None:
+    """Refuse what is no step number."""
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise ConfigError(f"step={step!r} is not an int from 0 to 10**18 - 1")

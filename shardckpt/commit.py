@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commit: rank 0 proves that the rank files are all there and fit the plan, then publishes the manifest.
+
+Write order, which is an invariant: rank files and their directory are durable before any receipt is sent; all receipts are
+in before the manifest is written; the manifest appears whole, durable and only where there was none. So a manifest that
+exists means a checkpoint that is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from ._version import __version__
+from .checksum import encode_digests
+from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, MissingFile, StoreError
+from .manifest import (
+    FORMAT,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    VERSION,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    encode_canonical,
+)
+from .plan import Plan
+from .records import LayoutEncoder
+from .store import Store
+from .validate import Checkpoint, parse_manifest
+from .write import Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a manifest says apart from tensors and files."""
+
+    step: int
+    """Number of the training step."""
+    attempt: str
+    """Random hex id of this attempt at the save."""
+    objects: Mapping[str, Any]
+    """Encoded replicated values by name."""
+    containers: Mapping[str, Any]
+    """Encoded container records by name."""
+    metadata: Mapping[str, Any]
+    """The user's own JSON mapping."""
+    torch: str
+    """Version of torch."""
+
+
+def build_manifest(plan: Plan, receipts: Sequence[Receipt], contents: Contents) -> bytes:
+    """The manifest of a plan that was carried out; raises `InvalidManifest` if the receipts do not fit the plan."""
+    encoder = LayoutEncoder()
+    tensors = {name: TensorRecord(alias=canonical) for name, canonical in plan.aliases.items()}
+    for tensor in plan.tensors:
+        record = encoder.encode(tensor.dtype, tensor.layout, value=tensor.is_value)
+        if tensor.writers != (0, 1):
+            record = TensorRecord(record.dtype, record.shape, layout=record.layout, writers=tensor.writers)
+        tensors[tensor.name] = record
+    data = encode_canonical(
+        Manifest(
+            format=FORMAT,
+            version=VERSION,
+            attempt=contents.attempt,
+            step=contents.step,
+            created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            world_size=plan.world_size,
+            block_size=plan.block_size,
+            meshes=encoder.meshes,
+            layouts=encoder.layouts,
+            tensors=tensors,
+            objects=dict(contents.objects),
+            containers=dict(contents.containers),
+            files=tuple(_file_record(rank, receipt) for rank, receipt in enumerate(receipts)),
+            torch=contents.torch,
+            shardckpt=__version__,
+            metadata=dict(contents.metadata),
+        )
+    )
+    parse_manifest(data)
+    return data
+
+
+def _file_record(rank: int, receipt: Receipt) -> FileRecord:
+    name = receipt.name.rpartition("/")[2]
+    return FileRecord(rank, name, receipt.size, receipt.data, receipt.header, encode_digests(receipt.digests))
+
+
+def check_visible(store: Store, prefix: str, receipts: Sequence[Receipt]) -> None:
+    """Raise `StoreError` unless rank 0 sees every rank's file with its full size, by one listing."""
+    sizes = {entry.name: entry.size for entry in store.list(prefix.rstrip("/"))}
+    unseen = [rank for rank, receipt in enumerate(receipts) if sizes.get(receipt.name) != receipt.size]
+    if unseen:
+        name = receipts[unseen[0]].name
+        raise StoreError(
+            f"rank 0 does not see the files that ranks {unseen} wrote, for example {name}, in {store.url}: "
+            "the directory is not shared between the hosts. Save to a file system that all ranks share",
+            ranks=unseen,
+        )
+
+
+def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:
+    """Make the manifest appear, if there is none yet.
+
+    Raises `AlreadyCommitted` when another save has committed here. After a `StoreError` with the detail
+    ``outcome="unknown"`` the manifest may exist; after any other error it does not.
+    """
+    name = f"{prefix}{MANIFEST_NAME}"
+    try:
+        store.put_if_absent(name, data)
+    except AlreadyExists as error:
+        if _committed_attempt(store, name) != attempt:
+            raise already_committed(store, prefix) from error
+    except StoreError as error:
+        try:
+            there = _committed_attempt(store, name) is not None
+        except MissingFile:
+            there = False
+        except CheckpointError:
+            there = True
+        if there:
+            raise StoreError(
+                f"{name} in {store.url}: it is not known whether the commit is durable: {error}. "
+                "The files were left in place; verify the checkpoint before use",
+                outcome="unknown",
+            ) from error
+        raise
+
+
+def _committed_attempt(store: Store, name: str) -> str:
+    return parse_manifest(store.get(name, MANIFEST_LIMIT)).manifest.attempt
+
+
+def already_committed(store: Store, prefix: str) -> AlreadyCommitted:
+    """The error for a place where a checkpoint is committed already."""
+    return AlreadyCommitted(
+        f"{store.url} already has a committed checkpoint at {prefix or 'its root'!r}. Nothing was changed: "
+        "save another step, or remove that one first",
+        prefix=prefix,
+    )
+
+
+def read_checkpoint(store: Store, prefix: str) -> bytes:
+    """The bytes of a committed manifest, checked; raises `MissingFile` when there is none."""
+    data = store.get(f"{prefix}{MANIFEST_NAME}", MANIFEST_LIMIT)
+    parse_manifest(data)
+    return data
+
+
+__all__ = ["Checkpoint", "Contents", "already_committed", "build_manifest", "check_visible", "publish", "read_checkpoint"]

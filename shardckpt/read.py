@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read planned byte ranges, verify every block before any of it is used, and place what is wanted.
+
+Chunks are independent of each other: a few threads each read one into a buffer, check its digests, and copy the wanted
+elements to where they belong. Nothing that was not verified ever reaches a target.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .checksum import DIGEST_BYTES, blocks_of, digest
+from .errors import ChecksumMismatch, MissingFile, TruncatedFile
+from .layout import Copy, Piece, intersect
+from .reshard import FileReads
+from .stage import CHUNK, Buffer, BufferPool, as_bytes
+from .store import FileReader, Store
+from .validate import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A byte range of one file's data region that is read in one go; it starts at a block border."""
+
+    reads: FileReads
+    """The file, and what is wanted of it."""
+    start: int
+    """First byte in the data region."""
+    stop: int
+    """One past the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Memory that wanted elements go to."""
+
+    data: torch.Tensor
+    """This rank's tensor, of any device and strides; one-dimensional for a window."""
+    piece: Piece
+    """Which elements of the global tensor it holds."""
+
+
+def cut_chunks(reads: Iterable[FileReads], size: int) -> Iterator[Chunk]:
+    """Cut the extents of all files into chunks of at most ``size`` bytes, a multiple of the block size."""
+    for file in reads:
+        for start, stop in file.extents:
+            for at in range(start, stop, size):
+                yield Chunk(file, at, min(at + size, stop))
+
+
+def read_into(
+    source: CheckpointFiles, reads: Sequence[FileReads], destinations: Mapping[int, Destination], *, workers: int
+) -> None:
+    """Read, verify and place all of ``reads``; ``destinations`` are by the keys of their wants.
+
+    Raises `IntegrityError` and `StoreError`; what was placed before stays in the destinations.
+    """
+    pool = BufferPool(workers, source.chunk_size)
+
+    def job(chunk: Chunk) -> None:
+        with pool.borrow() as buffer:
+            source.read_verified(chunk, buffer)
+            for segment, low, high in chunk.reads.segments_in(chunk.start, chunk.stop):
+                part = memoryview(buffer.bytes)[low - chunk.start : high - chunk.start]
+                place(part, segment.want.tensor.dtype, segment.part(low, high), destinations[segment.want.key])
+
+    chunks = list(cut_chunks(reads, source.chunk_size))
+    source.expect(chunks)
+    with ThreadPoolExecutor(workers, thread_name_prefix="shardckpt-read") as threads:
+        for done in threads.map(job, chunks):
+            del done
+
+
+class CheckpointFiles:
+    """The rank files of a checkpoint, opened when they are first needed, and read with verification."""
+
+    def __init__(self, store: Store, prefix: str, checkpoint: Checkpoint) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._checkpoint = checkpoint
+        self._readers: dict[int, FileReader] = {}
+        self._left: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self.chunk_size = max(CHUNK, checkpoint.plan.block_size)
+        """Bytes per chunk."""
+        self.bytes_read = 0
+        """Bytes that were read from storage so far."""
+
+    def expect(self, chunks: Iterable[Chunk]) -> None:
+        """Count the chunks of each file, so that a file can be closed after its last one."""
+        for chunk in chunks:
+            self._left[chunk.reads.file] = self._left.get(chunk.reads.file, 0) + 1
+
+    def read_verified(self, chunk: Chunk, buffer: Buffer) -> None:
+        """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved."""
+        file = chunk.reads.file
+        record = self._checkpoint.manifest.files[file]
+        self._reader(file).read_at(record.data + chunk.start, [buffer.bytes[: chunk.stop - chunk.start]])
+        digests = self._checkpoint.digests[file]
+        for block in blocks_of(chunk.start, chunk.stop, self._checkpoint.plan.block_size):
+            wanted = digests[block.number * DIGEST_BYTES : (block.number + 1) * DIGEST_BYTES]
+            if digest(buffer.bytes[block.start - chunk.start : block.stop - chunk.start]) != wanted:
+                self._refuse(chunk, record.data, block.start, block.stop)
+        with self._lock:
+            self.bytes_read += chunk.stop - chunk.start
+            self._left[file] -= 1
+            finished = self._readers.pop(file) if not self._left[file] else None
+        if finished is not None:
+            finished.close()
+
+    def _reader(self, file: int) -> FileReader:
+        with self._lock:
+            reader = self._readers.get(file)
+            if reader is None:
+                reader = self._readers[file] = self._open(file)
+            return reader
+
+    def _open(self, file: int) -> FileReader:
+        record = self._checkpoint.manifest.files[file]
+        name = f"{self._prefix}{record.name}"
+        try:
+            reader = self._store.open(name)
+        except MissingFile as error:
+            raise MissingFile(
+                f"{name} is missing in {self._store.url}: the manifest names it as the file of rank {file}. "
+                "The checkpoint was not copied whole, or files were removed; restore another step",
+                name=name,
+                rank=file,
+            ) from error
+        if reader.size != record.size:
+            reader.close()
+            raise TruncatedFile(
+                f"{name} in {self._store.url} has {reader.size} bytes, the manifest says {record.size}: "
+                "it was cut or replaced; restore another step",
+                name=name,
+                wanted=record.size,
+                got=reader.size,
+            )
+        return reader
+
+    def _refuse(self, chunk: Chunk, data: int, start: int, stop: int) -> None:
+        name = f"{self._prefix}{self._checkpoint.manifest.files[chunk.reads.file].name}"
+        pieces = self._checkpoint.plan.file_pieces(chunk.reads.file)
+        tensors = [p.tensor.name for p in pieces if p.offset < stop and p.offset + p.nbytes > start]
+        raise ChecksumMismatch(
+            f"{name} in {self._store.url}: bytes [{data + start}, {data + stop}) do not match their digest. They hold "
+            f"{', '.join(repr(t) for t in tensors[:4])}{' and more' if len(tensors) > 4 else ''}. "
+            "The data was changed after it was saved; restore another step",
+            name=name,
+            start=data + start,
+            stop=data + stop,
+            tensors=tensors,
+        )
+
+    def close(self) -> None:
+        """Close what is still open."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def __enter__(self) -> CheckpointFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def place(part: memoryview, dtype: str, source: Piece, destination: Destination) -> None:
+    """Copy what ``destination`` wants of ``part``, which holds the elements ``source``, to its place.
+
+    Elements are converted when the destination has another dtype; whether that may be is checked before anything is read.
+    """
+    data, target = destination.data, destination.piece
+    same_dtype = data.dtype == getattr(torch, dtype)
+    if same_dtype and source.grid == target.grid and not data.is_cuda:
+        into = as_bytes(data)
+        if into is not None:
+            size = data.element_size()
+            start = (source.start - target.start) * size
+            low, high = max(start, 0), min(start + len(part), len(into))
+            np.copyto(into[low:high], np.frombuffer(part, dtype=np.uint8)[low - start : high - start])
+            return
+    stored = torch.frombuffer(part, dtype=getattr(torch, dtype))
+    for copy in intersect(source, target):
+        put(destination, copy, stored.as_strided(copy.sizes, source.grid_strides, copy.source_position))
+
+
+@torch.no_grad()
+def put(destination: Destination, copy: Copy, elements: torch.Tensor) -> None:
+    """Write ``elements``, of shape ``copy.sizes``, to where ``copy`` says in the destination."""
+    data, target = destination.data, destination.piece
+    if target.is_window:
+        # a window is one-dimensional and contiguous, whatever the shape of what it is cut from
+        at = data.storage_offset() + copy.target_position
+        data.as_strided(copy.sizes, target.grid_strides, at).copy_(elements)
+    else:
+        place_at = tuple(slice(o, o + n) for o, n in zip(copy.target_local, copy.sizes, strict=True))
+        data[place_at].copy_(elements)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging: a few page-aligned buffers, and the copy of any part of any tensor into one of them."""
+
+from __future__ import annotations
+
+import mmap
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .layout import window_boxes
+
+CHUNK = 4 << 20
+"""Bytes that are staged, hashed and written in one go, unless a digest block is larger."""
+
+
+class Buffer:
+    """Page-aligned host memory, seen as bytes by Python, numpy and torch."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = mmap.mmap(-1, size)
+        self.bytes = memoryview(self._memory)
+        """The memory, as bytes."""
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8)
+        """The same as an array."""
+        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        """The same as a tensor."""
+
+
+class BufferPool:
+    """A bounded number of equal buffers; whoever wants one more waits."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        """Bytes per buffer."""
+        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    @contextmanager
+    def borrow(self) -> Iterator[Buffer]:
+        """A buffer for as long as the block lasts; its content is whatever the last user left."""
+        buffer = self._free.get() or Buffer(self.size)
+        try:
+            yield buffer
+        finally:
+            self._free.put(buffer)
+
+
+def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
+    """The memory of a contiguous CPU tensor as a flat array of bytes, without a copy; None for any other tensor."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    array: npt.NDArray[np.uint8] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position: int) -> None:
+    """Copy elements ``[start, stop)`` of the ravel of ``tensor`` to byte ``position`` of ``buffer``.
+
+    Any device and any strides; no more memory than the buffer is used.
+    """
+    size = tensor.element_size()
+    end = position + (stop - start) * size
+    source = as_bytes(tensor)
+    if source is not None:
+        # numpy's copy gives up the GIL and starts no threads of its own, unlike a copy by torch
+        np.copyto(buffer.array[position:end], source[start * size : stop * size])
+        return
+    target = buffer.tensor[position:end].view(tensor.dtype)
+    at = 0
+    for offsets, sizes in window_boxes(tuple(tensor.shape), start, stop):
+        part = tensor.detach()[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        target[at : at + part.numel()].view(part.shape).copy_(part)
+        at += part.numel()
