@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ranks agree: rounds through a store of the engine's own, each with a deadline.
+
+In a round every rank posts bytes or its error, rank 0 decides, and every rank returns the decision or raises. Collectives of
+the training job are never used, so a background thread can hold rounds while the main thread trains; who is missing is known
+by name; and one rank's error is raised on every rank.
+
+Keys of round ``n``: ``n/<rank>`` is what a rank posted, ``n/verdict`` is what rank 0 decided, and ``n/closer`` is the rank that
+may write the verdict: rank 0 from the moment that it arrives, or else the first rank that lost its patience with rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
+from .wire import (
+    Failure,
+    Lost,
+    Store,
+    Wire,
+    blame,
+    delete_all,
+    describe,
+    fetch,
+    first_failure,
+    name_ranks,
+    put,
+    rebuild,
+    tcp_store,
+    wait_for,
+)
+
+# How much longer than a deadline one answer of the store may take; also the patience of a farewell.
+_GRACE_SECONDS = 5.0
+_LARGEST_PAUSE_SECONDS = 0.25
+
+_T = TypeVar("_T")
+
+
+class _Entry(msgspec.Struct, array_like=True):
+    """What one rank posts to a round."""
+
+    label: str
+    payload: bytes
+    failure: Failure | None
+
+
+class _Verdict(msgspec.Struct, array_like=True):
+    """How a round ended, for all ranks."""
+
+    payload: bytes
+    failure: Failure | None
+
+
+class _Address(msgspec.Struct, array_like=True):
+    """Where rank 0's store is, or why there is none."""
+
+    network: str
+    host: str
+    port: int
+    failure: Failure | None
+
+
+class Coordinator:
+    """Lets all ranks of the default process group agree; every wait has a deadline.
+
+    Made by `connect` on all ranks. Rounds have to be called in the same order on every rank; any thread may do so, one round at
+    a time. Usable as a context manager.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float, wire: Wire, server: Store = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.hosts: tuple[str, ...] = (socket.gethostname(),) if world_size == 1 else ()
+        """Host name of each rank, by rank."""
+        self._timeout = timeout
+        self._wire = wire
+        self._server = server
+        self._numbers = itertools.count()
+        self._spent: list[str] = []
+        self._lost: set[int] = set()
+        self._group: dist.ProcessGroup | None = None
+        self._lock = threading.Lock()
+        self._inside: int | None = None
+        self._closed = False
+
+    @property
+    def num_hosts(self) -> int:
+        """The number of different hosts."""
+        return len(set(self.hosts))
+
+    @classmethod
+    def connect(cls, *, timeout: float = 600.0) -> Coordinator:
+        """Meet all ranks of the default process group; without one, the only rank is this process.
+
+        Collective, but uses only the default group's store, and that only until it returns. ``timeout`` (seconds) is how long a
+        rank may keep the others waiting, here and as the default of each round. Raises `RankTimeout` with the ranks that
+        did not come.
+        """
+        _check_timeout(timeout)
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(0, 1, timeout, Wire(_default_store))
+        rank = dist.get_rank()
+        with contextlib.closing(Wire(_default_store)) as meeting:
+            try:
+                # Attempts are counted per rank in the store itself, so that a rank that comes late meets the attempt that
+                # the others gave up, and fails with it, instead of a later one.
+                attempt = meeting.call(timeout, lambda store: store.add(f"shardckpt/coordinator/{rank}", 1))
+                key = f"shardckpt/coordinator/address/{attempt}"
+                return cls._host(meeting, key, timeout) if rank == 0 else cls._join(meeting, key, timeout)
+            except Lost as lost:
+                message = f"rank {rank} cannot use the store of torch.distributed to meet the other ranks: {lost}"
+                raise CoordinationError(message, rank=rank) from None
+
+    @classmethod
+    def _host(cls, meeting: Wire, key: str, timeout: float) -> Coordinator:
+        def publish(address: _Address) -> None:
+            meeting.call(_GRACE_SECONDS, lambda store: store.set(key, msgspec.msgpack.encode(address)))
+
+        coordinator = None
+        try:
+            server = _serve(timeout)
+            port = server.port
+            coordinator = cls(0, dist.get_world_size(), timeout, Wire(lambda: tcp_store("localhost", port, timeout)), server)
+            publish(_Address(_network(), os.environ.get("MASTER_ADDR") or socket.gethostname(), port, None))
+            coordinator._introduce(timeout)
+        except BaseException as error:
+            with contextlib.suppress(Lost):
+                publish(_Address("", "", 0, describe(error)))
+            if coordinator is not None:
+                coordinator.close()
+            raise
+        with contextlib.suppress(Lost):
+            meeting.call(_GRACE_SECONDS, lambda store: store.delete_key(key))
+        return coordinator
+
+    @classmethod
+    def _join(cls, meeting: Wire, key: str, timeout: float) -> Coordinator:
+        deadline = time.monotonic() + timeout
+        pause = 0.001
+        # Looks now and then instead of waiting in the store, which would keep other threads from using it.
+        while not meeting.call(timeout, lambda store: store.check([key])):
+            if time.monotonic() > deadline:
+                raise _late("connect", [0], (), timeout)
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LARGEST_PAUSE_SECONDS)
+        address = msgspec.msgpack.decode(meeting.call(_GRACE_SECONDS, lambda store: store.get(key)), type=_Address)
+        if address.failure is not None:
+            raise rebuild(address.failure)
+        host = "localhost" if address.network == _network() else address.host
+        left = max(deadline - time.monotonic(), _GRACE_SECONDS)
+        coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, Wire(lambda: tcp_store(host, address.port, left)))
+        try:
+            coordinator._introduce(left)
+        except BaseException:
+            coordinator.close()
+            raise
+        return coordinator
+
+    def _introduce(self, timeout: float) -> None:
+        def count(names: list[bytes]) -> bytes:
+            # Ranks of one host are neighbours, so this keeps the verdict, which goes to all ranks, short.
+            return msgspec.msgpack.encode([(name, sum(1 for _ in same)) for name, same in itertools.groupby(names)])
+
+        packed = self.round("connect", socket.gethostname().encode, count, timeout=timeout)
+        runs = msgspec.msgpack.decode(packed, type=list[tuple[bytes, int]])
+        self.hosts = tuple(name.decode() for name, length in runs for _ in range(length))
+
+    def round(
+        self,
+        label: str,
+        produce: Callable[[], bytes] = bytes,
+        decide: Callable[[list[bytes]], bytes] = lambda payloads: b"",
+        *,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Run ``produce`` on every rank, ``decide`` on rank 0 with all its results by rank, and return its result everywhere.
+
+        Collective. If ``produce`` raises on some ranks, each of these raises its own exception, and all other ranks raise the
+        lowest one's: of the same type if it is a `CheckpointError`, else `RankFailed`; with ``rank``, and ``failed`` if several
+        did. If ``decide`` raises, every rank does. ``timeout`` (seconds, default: that of `connect`) counts from the
+        moment that a rank has its own result; ranks that are not there by then are named by the `RankTimeout` that every rank
+        raises. `CoordinationError` tells that ranks are in rounds of different labels.
+        """
+        seconds = self._timeout if timeout is None else _check_timeout(timeout)
+        with self._turn(label):
+            if self.world_size == 1:
+                return decide([produce()])
+            number = next(self._numbers)
+            try:
+                payload = produce()
+            except Exception as error:
+                with contextlib.suppress(CheckpointError):
+                    self._take_part(number, _Entry(label, b"", describe(error)), decide, seconds)
+                raise
+            except BaseException as error:
+                with contextlib.suppress(CheckpointError):
+                    self._leave(number, _Entry(label, b"", describe(error)))
+                raise
+            return self._take_part(number, _Entry(label, payload, None), decide, seconds)
+
+    def broadcast(self, label: str, produce: Callable[[], bytes], *, timeout: float | None = None) -> bytes:
+        """Run ``produce`` on rank 0 and return its result on every rank. Collective; errors as for `round`."""
+        return self.round(label, produce if self.rank == 0 else bytes, lambda payloads: payloads[0], timeout=timeout)
+
+    def exchange_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of all ranks for bulk data in CPU memory, made at first need; None when there is only one rank.
+
+        The first call is collective and, like any ``new_group`` of torch, must not run beside another one. `close` destroys it.
+        """
+        if self.world_size > 1 and self._group is None:
+            self.round("exchange group")
+            try:
+                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout))
+            except RuntimeError as error:
+                raise CoordinationError(f"rank {self.rank} cannot join a gloo group of all ranks: {error}") from error
+        return self._group
+
+    def close(self) -> None:
+        """Leave. Waits for a round that is under way; rank 0 then waits up to 5 s for the others, who may still be reading."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._group is not None:
+                # Unknown to torch when the user has destroyed the default group before.
+                with contextlib.suppress(ValueError):
+                    dist.destroy_process_group(self._group)
+                self._group = None
+            if self.world_size > 1:
+                with contextlib.suppress(Lost):
+                    self._wire.call(2 * _GRACE_SECONDS, self._say_farewell)
+                self._wire.close()
+                self._server = None
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _turn(self, label: str) -> Iterator[None]:
+        if self._inside == threading.get_ident():
+            raise CoordinationError(f"{label!r} cannot be agreed inside of another round; call it before or after", label=label)
+        with self._lock:
+            if self._closed:
+                raise CoordinationError(f"{label!r} cannot be agreed: the coordinator is closed", label=label)
+            self._inside = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._inside = None
+
+    def _call(self, seconds: float, job: Callable[[Store], _T]) -> _T:
+        try:
+            return self._wire.call(seconds, job)
+        except Lost as lost:
+            if self.rank == 0:
+                raise CoordinationError(f"rank 0 cannot use the store that it hosts: {lost}", rank=0) from None
+            message = f"{name_ranks([0], self.hosts)} is gone or hangs; rank {self.rank} lost its connection to it: {lost}"
+            raise RankTimeout(message, ranks=[0]) from None
+
+    def _claim(self, number: int) -> bool:
+        """Whether it is up to this rank to say how the round ends."""
+        closer = self._call(_GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
+        return int(closer) == self.rank
+
+    def _publish(self, number: int, verdict: _Verdict) -> None:
+        data = msgspec.msgpack.encode(verdict)
+        keys = self._call(self._timeout + _GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
+        if self.rank == 0:
+            self._spent += [f"{number}/closer", *keys]
+
+    def _leave(self, number: int, entry: _Entry) -> None:
+        """Post why this process is being stopped, for the others' sake, and wait for nobody."""
+        if self.rank != 0:
+            data = msgspec.msgpack.encode(entry)
+            self._call(_GRACE_SECONDS, lambda store: put(store, f"{number}/{self.rank}", data))
+        elif entry.failure is not None and self._claim(number):
+            self._publish(number, _Verdict(b"", blame(entry.failure, 0)))
+
+    def _take_part(self, number: int, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
+        return self._lead(number, entry, decide, seconds) if self.rank == 0 else self._follow(number, entry, seconds)
+
+    def _lead(self, number: int, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
+        if not self._claim(number):
+            return self._obey(number, entry.label, seconds)
+        try:
+            payload = decide(self._collect(number, entry, seconds))
+            self._publish(number, _Verdict(payload, None))
+        except BaseException as error:
+            failure = describe(error)
+            # An error of the tree is about all ranks here, whatever else happened to rank 0 is its own.
+            self._publish(number, _Verdict(b"", failure if isinstance(error, CheckpointError) else blame(failure, 0)))
+            raise
+        return payload
+
+    def _collect(self, number: int, own: _Entry, seconds: float) -> list[bytes]:
+        """The payloads of all ranks; raises what there is to tell when one is late, failed, or in another round."""
+        keys = {rank: f"{number}/{rank}" for rank in range(1, self.world_size)}
+
+        def wait(store: Store) -> dict[int, bytes]:
+            complete = wait_for(store, list(keys.values()), seconds)
+            there = {rank: key for rank, key in keys.items() if complete or store.check([key])}
+            return dict(zip(there, fetch(store, list(there.values())), strict=True)) if there else {}
+
+        posted = self._call(seconds + _GRACE_SECONDS, wait)
+        entries = {0: own} | {rank: msgspec.msgpack.decode(data, type=_Entry) for rank, data in posted.items()}
+        failures = {rank: entry.failure for rank, entry in entries.items() if entry.failure is not None}
+        self._lost = set(keys) - set(posted)
+        if self._lost:
+            raise _late(own.label, sorted(self._lost), self.hosts, seconds, failures)
+        # Whoever posted to this round has read the verdict of the last one.
+        spent, self._spent = self._spent, []
+        self._call(seconds + _GRACE_SECONDS, lambda store: delete_all(store, spent))
+        _check_labels({rank: entry.label for rank, entry in entries.items()})
+        if failures:
+            raise rebuild(first_failure(failures))
+        return [entries[rank].payload for rank in range(self.world_size)]
+
+    def _follow(self, number: int, entry: _Entry, seconds: float) -> bytes:
+        data = msgspec.msgpack.encode(entry)
+        spent, self._spent = self._spent, []
+        deadline = time.monotonic() + seconds
+
+        def post(store: Store) -> tuple[list[str], bool]:
+            keys = put(store, f"{number}/{self.rank}", data)
+            delete_all(store, spent)
+            return keys, wait_for(store, [f"{number}/verdict"], deadline - time.monotonic())
+
+        keys, decided = self._call(seconds + _GRACE_SECONDS, post)
+        if decided:
+            self._spent = keys
+        elif self._claim(number):
+            late = _late(entry.label, [0], self.hosts, seconds)
+            self._publish(number, _Verdict(b"", describe(late)))
+            raise late
+        # Without a verdict by now, rank 0 came after this rank and still gives the others their time.
+        return self._obey(number, entry.label, seconds)
+
+    def _obey(self, number: int, label: str, seconds: float) -> bytes:
+        def take(store: Store) -> bytes | None:
+            key = f"{number}/verdict"
+            return fetch(store, [key])[0] if wait_for(store, [key], seconds) else None
+
+        data = self._call(seconds + _GRACE_SECONDS, take)
+        if data is None:
+            message = (
+                f"{label!r}: {name_ranks([0], self.hosts)} came, but decided nothing within {seconds:g} s; it may still do so"
+            )
+            raise RankTimeout(message, ranks=[0], label=label, seconds=seconds)
+        verdict = msgspec.msgpack.decode(data, type=_Verdict)
+        if verdict.failure is not None:
+            raise rebuild(verdict.failure)
+        return verdict.payload
+
+    def _say_farewell(self, store: Store) -> None:
+        if self.rank != 0:
+            store.set(f"farewell/{self.rank}", b"")
+            return
+        others = [f"farewell/{rank}" for rank in range(1, self.world_size) if rank not in self._lost]
+        if others:
+            wait_for(store, others, _GRACE_SECONDS)
+
+
+def _default_store() -> Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _serve(timeout: float) -> Store:
+    try:
+        return tcp_store("localhost", 0, timeout, is_master=True)
+    except RuntimeError as error:
+        raise CoordinationError(f"rank 0 cannot listen on any port for the other ranks: {error}", rank=0) from error
+
+
+def _network() -> str:
+    """Equal in two processes only when they share a loopback interface."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _late(
+    label: str, ranks: list[int], hosts: Sequence[str], seconds: float, failures: Mapping[int, Failure] | None = None
+) -> RankTimeout:
+    message = (
+        f"{label!r}: no word from {name_ranks(ranks, hosts)} within {seconds:g} s; look for an earlier error in "
+        f"{'their logs' if len(ranks) > 1 else 'its log'}, or raise the timeout if there is none"
+    )
+    if failures:
+        message += f" (meanwhile {first_failure(failures).message})"
+    return RankTimeout(message, ranks=ranks, label=label, seconds=seconds)
+
+
+def _check_timeout(timeout: float) -> float:
+    if not 0 < timeout < float("inf"):
+        raise ConfigError(f"timeout must be a positive, finite number of seconds, got {timeout!r}", timeout=repr(timeout))
+    return timeout
+
+
+def _check_labels(labels: Mapping[int, str]) -> None:
+    by_label: dict[str, list[int]] = {}
+    for rank, label in labels.items():
+        by_label.setdefault(label, []).append(rank)
+    if len(by_label) > 1:
+        places = "; ".join(f"{label!r}: {name_ranks(ranks)}" for label, ranks in by_label.items())
+        raise CoordinationError(f"ranks are in different operations ({places}); all have to call the same", labels=by_label)

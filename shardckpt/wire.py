@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels between ranks, and the calls that carry it: values and errors through a store of torch, within a time limit."""
+
+from __future__ import annotations
+
+import datetime
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from .errors import CheckpointError, RankFailed, error_from_wire
+
+# TCPStore drops the connection of a client that sends more than 8 MiB in one value.
+_CHUNK_BYTES = 4 << 20
+_HEAD_BYTES = 4
+_MOST_RANKS_NAMED = 16
+
+_T = TypeVar("_T")
+_Task: TypeAlias = "tuple[Future[Any], Callable[[Store], Any]] | None"
+# torch's annotations of stores say ``str`` where they take bytes.
+Store: TypeAlias = Any
+
+
+class Failure(msgspec.Struct, array_like=True):
+    """An error as it travels."""
+
+    kind: str
+    message: str
+    details: dict[str, Any]
+
+
+class Lost(Exception):
+    """A store did not answer."""
+
+
+class Wire:
+    """Calls a store so that no call outlasts its limit.
+
+    Store calls block inside of C++, deaf to signals and, when the server's machine is frozen, to their own timeouts. They
+    run on a thread that the caller can leave behind.
+    """
+
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._connect = connect
+        self._tasks: queue.SimpleQueue[_Task] | None = None
+        self._broken: str | None = None
+
+    def call(self, seconds: float, job: Callable[[Store], _T]) -> _T:
+        """The result of ``job(store)``; raises `Lost` after ``seconds``, or when the connection breaks."""
+        if self._broken is not None:
+            raise Lost(self._broken)
+        if self._tasks is None:
+            self._tasks = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(self._connect, self._tasks), name="shardckpt-store", daemon=True).start()
+        future: Future[_T] = Future()
+        self._tasks.put((future, job))
+        try:
+            return future.result(seconds)
+        except FutureTimeout:
+            self.close()
+            raise Lost(f"no answer within {seconds:g} s") from None
+        except RuntimeError as error:
+            self._broken = str(error)
+            raise Lost(self._broken) from None
+        except BaseException:
+            # Ctrl-C: the thread may wait for long, so the next call gets a thread and a connection of its own.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the connection; a later call makes a new one."""
+        if self._tasks is not None:
+            self._tasks.put(None)
+            self._tasks = None
+
+    __del__ = close
+
+
+def _work(connect: Callable[[], Store], tasks: queue.SimpleQueue[_Task]) -> None:
+    store = None
+    while (task := tasks.get()) is not None:
+        future, job = task
+        try:
+            store = store or connect()
+            future.set_result(job(store))
+        except BaseException as error:
+            future.set_exception(error)
+        # What the last call carried must not live on until the next one.
+        del task, future, job
+
+
+def tcp_store(host: str, port: int, timeout: float, *, is_master: bool = False) -> Store:
+    """A connection to the store at ``host:port``; ``is_master`` also makes that store here, where port 0 is any free port."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # absent where torch has no distributed
+
+    patience = datetime.timedelta(seconds=timeout)
+    return TCPStore(host, port, is_master=is_master, timeout=patience, wait_for_workers=False)
+
+
+def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
+    """Whether all keys were there within ``seconds``."""
+    try:
+        # A timeout of zero would mean none.
+        store.wait(keys, datetime.timedelta(seconds=max(seconds, 0.001)))
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def put(store: Store, key: str, data: bytes) -> list[str]:
+    """Store bytes of any length under ``key`` and return all keys that it took; ``key`` itself comes last."""
+    chunks = [data[start : start + _CHUNK_BYTES] for start in range(0, len(data), _CHUNK_BYTES)]
+    keys = [key] + [f"{key}/{index}" for index in range(1, len(chunks))]
+    for name, chunk in zip(keys[1:], chunks[1:], strict=True):
+        store.set(name, chunk)
+    store.set(key, len(chunks).to_bytes(_HEAD_BYTES, "little") + b"".join(chunks[:1]))
+    return keys
+
+
+def fetch(store: Store, keys: Sequence[str]) -> list[bytes]:
+    """What `put` stored under each key; all have to be there."""
+    values = []
+    for key, head in zip(keys, store.multi_get(keys), strict=True):
+        more = [f"{key}/{index}" for index in range(1, int.from_bytes(head[:_HEAD_BYTES], "little"))]
+        values.append(b"".join([head[_HEAD_BYTES:], *(store.multi_get(more) if more else [])]))
+    return values
+
+
+def delete_all(store: Store, keys: Sequence[str]) -> None:
+    """Delete the keys that are there."""
+    for key in keys:
+        store.delete_key(key)
+
+
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """``ranks 1 (node-a), 3 (node-b)``, cut short when they are many; ``hosts`` is by rank."""
+    names = [f"{rank} ({hosts[rank]})" if hosts else f"{rank}" for rank in ranks[:_MOST_RANKS_NAMED]]
+    more = f" and {len(ranks) - len(names)} more" if len(ranks) > len(names) else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}{more}"
+
+
+def describe(error: BaseException) -> Failure:
+    """An error in the form that travels; one from outside the tree of `errors` becomes a `RankFailed`."""
+    if isinstance(error, CheckpointError):
+        failure = Failure(type(error).__name__, error.message, error.details)
+    else:
+        name = type(error).__name__
+        failure = Failure(RankFailed.__name__, f"{name}: {error}", {"error": name})
+    try:
+        msgspec.msgpack.encode(failure)
+    except (TypeError, ValueError, OverflowError):
+        # Details that are no JSON values, or a file name that is no UTF-8.
+        failure = Failure(failure.kind, failure.message.encode(errors="backslashreplace").decode(), {})
+    return failure
+
+
+def blame(failure: Failure, rank: int) -> Failure:
+    """The same failure, with the rank that it happened on."""
+    return Failure(failure.kind, f"rank {rank}: {failure.message}", {**failure.details, "rank": rank})
+
+
+def first_failure(failures: Mapping[int, Failure]) -> Failure:
+    """The failure of the lowest rank, which mentions the others."""
+    ranks = sorted(failures)
+    failure = blame(failures[ranks[0]], ranks[0])
+    if len(ranks) > 1:
+        failure.message += f" (failed: {name_ranks(ranks)})"
+        failure.details["failed"] = ranks
+    return failure
+
+
+def rebuild(failure: Failure) -> CheckpointError:
+    """The error that a failure describes."""
+    return error_from_wire(failure.kind, failure.message, failure.details)
