@@ -127,19 +127,18 @@ class Coordinator:
 
     @classmethod
     def _host(cls, meeting: Wire, key: str, timeout: float) -> Coordinator:
-        def publish(address: _Address) -> None:
-            meeting.call(_GRACE_SECONDS, lambda store: store.set(key, msgspec.msgpack.encode(address)))
-
         coordinator = None
         try:
             server = _serve(timeout)
             port = server.port
+            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+            _settle(meeting, key, _Address(_network(), host, port, None))
             coordinator = cls(0, dist.get_world_size(), timeout, Wire(lambda: tcp_store("localhost", port, timeout)), server)
-            publish(_Address(_network(), os.environ.get("MASTER_ADDR") or socket.gethostname(), port, None))
             coordinator._introduce(timeout)
         except BaseException as error:
+            data = msgspec.msgpack.encode(_Address("", "", 0, describe(error)))
             with contextlib.suppress(Lost):
-                publish(_Address("", "", 0, describe(error)))
+                meeting.call(_GRACE_SECONDS, lambda store: store.set(key, data))
             if coordinator is not None:
                 coordinator.close()
             raise
@@ -152,14 +151,11 @@ class Coordinator:
         deadline = time.monotonic() + timeout
         pause = 0.001
         # Looks now and then instead of waiting in the store, which would keep other threads from using it.
-        while not meeting.call(timeout, lambda store: store.check([key])):
-            if time.monotonic() > deadline:
-                raise _late("connect", [0], (), timeout)
+        while not meeting.call(timeout, lambda store: store.check([key])) and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(pause * 1.5, _LARGEST_PAUSE_SECONDS)
-        address = msgspec.msgpack.decode(meeting.call(_GRACE_SECONDS, lambda store: store.get(key)), type=_Address)
-        if address.failure is not None:
-            raise rebuild(address.failure)
+        late = _late("connect", [0], (), timeout)
+        address = _settle(meeting, key, _Address("", "", 0, describe(late)))
         host = "localhost" if address.network == _network() else address.host
         left = max(deadline - time.monotonic(), _GRACE_SECONDS)
         coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, Wire(lambda: tcp_store(host, address.port, left)))
@@ -379,6 +375,16 @@ class Coordinator:
 
 def _default_store() -> Store:
     return dist.distributed_c10d._get_default_store()
+
+
+def _settle(meeting: Wire, key: str, address: _Address) -> _Address:
+    """The address that stands, which is this one unless a rank was faster; raises the failure if it is one."""
+    data = msgspec.msgpack.encode(address)
+    found = meeting.call(_GRACE_SECONDS, lambda store: store.compare_set(key, "", data))
+    standing = msgspec.msgpack.decode(found, type=_Address)
+    if standing.failure is not None:
+        raise rebuild(standing.failure)
+    return standing
 
 
 def _serve(timeout: float) -> Store:

@@ -87,6 +87,8 @@ class RankPool:
     """Up to eight rank processes, started when a case first needs them."""
 
     def __init__(self) -> None:
+        # Both ends of a TCPStore look up the name of ::ffff:127.0.0.1 at each connection; one lost DNS packet costs 5 s.
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
         self._scratch = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
         self._workers: list[_Worker] = []
         self._cases = itertools.count()
@@ -182,8 +184,6 @@ def _worker_environment() -> Iterator[None]:
     """What the fork server has to find in its environment when it loads its libraries."""
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    # A TCPStore looks up the name of ::ffff:127.0.0.1 at each connection; one lost DNS packet would cost 5 s.
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
         yield
     finally:
