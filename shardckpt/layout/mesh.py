@@ -140,12 +140,20 @@ class MeshLayout:
         return self._piece_at(at)
 
     def _piece_at(self, at: Ints) -> Piece:
-        return Piece.whole(
-            tuple(
-                shard_intervals(size, chain, tuple(at[axis] for axis in axes))
-                for size, (chain, axes) in zip(self.shape, self.chains, strict=True)
+        # tensors of one shape share their layout, and pieces remember their fragments
+        known = self._pieces.get(at)
+        if known is None:
+            known = self._pieces[at] = Piece.whole(
+                tuple(
+                    shard_intervals(size, chain, tuple(at[axis] for axis in axes))
+                    for size, (chain, axes) in zip(self.shape, self.chains, strict=True)
+                )
             )
-        )
+        return known
+
+    @cached_property
+    def _pieces(self) -> dict[Ints, Piece]:
+        return {}
 
     def cells(self, offsets: Ints, sizes: Ints) -> Iterator[Cell]:
         """The cells that share elements with a box, found by arithmetic, not by looking at all of them."""
