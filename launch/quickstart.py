@@ -54,6 +54,16 @@ class Transfer:
     """From the call to the durable checkpoint, or to the filled target."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """Digests of a checkpoint, which do not depend on how it was sharded."""
+
+    tensors: dict[str, str]
+    """Digest of each tensor."""
+    digest: str
+    """Digest of all of them."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Leg:
     """One start of the training job."""
@@ -68,6 +78,10 @@ class Leg:
     """Loss by step, filled by `run`."""
     transfers: list[Transfer] = field(default_factory=list)
     """Saves and restores, filled by `run`."""
+    found: Content | None = None
+    """Content of the state as this leg restored it, if it did."""
+    left: Content | None = None
+    """Content of the newest checkpoint at the end of this leg."""
 
 
 def fail(message: str) -> NoReturn:
@@ -92,12 +106,17 @@ def kill_all(launcher: subprocess.Popen[str]) -> int:
     return len(processes)
 
 
+def copy_of(leg: Leg, root: Path) -> Path:
+    """Where a leg that resumes saves the state once more."""
+    return root.with_name(f"restored-on-{leg.ranks}")
+
+
 def run(leg: Leg, root: Path, options: list[str], log: Path, progress: Progress, bar: TaskID) -> None:
     """Run one leg under torchrun, and read its losses and transfers from what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={leg.ranks}", str(TRAIN)]
     command += [f"--root={root}", *options]
     if leg.resumes:
-        command.append(f"--copy-to={root.with_name(f'restored-on-{leg.ranks}')}")
+        command.append(f"--copy-to={copy_of(leg, root)}")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     launcher = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -133,6 +152,16 @@ def run(leg: Leg, root: Path, options: list[str], log: Path, progress: Progress,
         fail(f"the training job on {leg.ranks} ranks ended with status {status}; the end of {log} is above")
 
 
+def content_of(checkpoint: Path) -> Content:
+    """What ``shardckpt digest`` says of a checkpoint."""
+    command = [sys.executable, "-m", "shardckpt", "digest", str(checkpoint), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=JOB_DEADLINE)
+    if done.returncode != 0:
+        fail(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr}")
+    answer = json.loads(done.stdout)
+    return Content(tensors=answer["tensors"], digest=answer["digest"])
+
+
 def train_all(args: argparse.Namespace, work: Path) -> tuple[Leg, list[Leg]]:
     """The uninterrupted run, and the legs of the interrupted one."""
     every, steps = args.save_every, args.steps
@@ -150,6 +179,10 @@ def train_all(args: argparse.Namespace, work: Path) -> tuple[Leg, list[Leg]]:
             for leg in group:
                 progress.console.print(f"[bold]{name} run[/], {leg.ranks} processes")
                 run(leg, work / name, options, work / f"{name}.log", progress, bar)
+                if leg.resumes:
+                    leg.found = content_of(copy_of(leg, work / name))
+                if leg.kill_after:
+                    leg.left = content_of(work / name / f"step-{leg.transfers[-1].step:08d}")
     return reference, legs
 
 
@@ -178,29 +211,19 @@ def compare_losses(reference: Leg, legs: list[Leg]) -> None:
         fail(f"the losses differ by {worst:.6f}, more than {LOSS_TOLERANCE}; the state was not restored as it was")
 
 
-def digests_of(checkpoint: Path) -> tuple[dict[str, str], str]:
-    """Content digest of each tensor of a checkpoint, and of all of them; they do not depend on how it was sharded."""
-    command = [sys.executable, "-m", "shardckpt", "digest", str(checkpoint), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=JOB_DEADLINE)
-    if done.returncode != 0:
-        fail(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr}")
-    answer = json.loads(done.stdout)
-    return answer["tensors"], answer["digest"]
-
-
-def compare_digests(legs: list[Leg], root: Path) -> None:
+def compare_content(legs: list[Leg]) -> None:
     """Print whether each tensor restored on another number of processes is the one that was saved; fail if not."""
     table = Table("checkpoint", "processes", "tensors", title="Content as saved and as restored")
     table.add_column("digest of all", overflow="fold")
     wrong: set[str] = set()
     for before, leg in pairwise(legs):
-        step = min(leg.losses) - 1
-        saved, digest = digests_of(root / f"step-{step:08d}")
-        restored, digest_restored = digests_of(root.with_name(f"restored-on-{leg.ranks}"))
-        differ = {name for name in saved.keys() | restored.keys() if saved.get(name) != restored.get(name)}
+        if not before.left or not leg.found:
+            fail("the digests of a resume are not known")
+        saved, found = before.left, leg.found
+        differ = {name for name in saved.tensors | found.tensors if saved.tensors.get(name) != found.tensors.get(name)}
         wrong |= differ
-        table.add_row(f"step {step} as saved", str(before.ranks), str(len(saved)), digest)
-        table.add_row("as restored", str(leg.ranks), f"{len(saved.keys() - differ)} equal", digest_restored)
+        table.add_row(f"step {min(leg.losses) - 1} as saved", str(before.ranks), str(len(saved.tensors)), saved.digest)
+        table.add_row("as restored", str(leg.ranks), f"{len(found.tensors.keys() - differ)} equal", found.digest)
         table.add_section()
     console.print(table)
     if wrong:
@@ -227,8 +250,8 @@ def show_transfers(reference: Leg, legs: list[Leg]) -> None:
 def main() -> None:
     """Run both jobs and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="training steps (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, default=10, help="steps between saves (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=48, help="training steps (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=8, help="steps between saves (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which is kept (default: a temporary one)")
     args = parser.parse_args()
@@ -244,7 +267,7 @@ def main() -> None:
         reference, legs = train_all(args, work)
         show_transfers(reference, legs)
         compare_losses(reference, legs)
-        compare_digests(legs, work / "interrupted")
+        compare_content(legs)
     finally:
         if not args.keep:
             shutil.rmtree(work, ignore_errors=True)

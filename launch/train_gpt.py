@@ -108,7 +108,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters, {windows.numel():,} bytes of text")
 
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampler": sampler, "rng": shardckpt.RNGState()}
-    with shardckpt.Checkpointer(args.root) as ckpt:
+    with shardckpt.Checkpointer(args.root, keep_last=2) as ckpt:
         restored = ckpt.restore(state)
         if restored:
             report(f"restored step {restored.step}: {restored.info.bytes_read} bytes in {restored.info.seconds:.3f} s")

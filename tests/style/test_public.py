@@ -17,7 +17,50 @@ import torch
 import shardckpt
 from shardckpt import _version, errors
 
-NAMES: list[str] = []
+NAMES = [
+    "AlreadyCommitted",
+    "AlreadyExists",
+    "CheckpointError",
+    "CheckpointNotFound",
+    "Checkpointer",
+    "CheckpointerClosed",
+    "ChecksumMismatch",
+    "ConfigError",
+    "CoordinationError",
+    "DigestRefused",
+    "DtypeMismatch",
+    "DuplicateName",
+    "ElasticSampler",
+    "Flat",
+    "IntegrityError",
+    "InvalidManifest",
+    "MissingFile",
+    "MissingNames",
+    "NotACheckpointRoot",
+    "Options",
+    "PerRank",
+    "RNGState",
+    "RankFailed",
+    "RankTimeout",
+    "ReplicaDivergence",
+    "RestoreInfo",
+    "Restored",
+    "Retention",
+    "SaveHandle",
+    "Saved",
+    "ShapeMismatch",
+    "StateError",
+    "StorageFull",
+    "StoreError",
+    "TableMismatch",
+    "TargetMismatch",
+    "TruncatedFile",
+    "UnsupportedLeaf",
+    "UnsupportedVersion",
+    "__version__",
+    "load",
+    "save",
+]
 
 
 def _error_classes() -> dict[str, type[errors.CheckpointError]]:
