@@ -63,6 +63,8 @@ class Placed:
     """This rank's part."""
     layout: Layout
     """What each rank holds."""
+    stored: bool = True
+    """Whether this rank takes part in saving it; False where other ranks save their equal copies."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +114,7 @@ def describe(leaf: Any, path: str, rank: int, *, per_rank: bool = False) -> Plac
     if per_rank:
         return _describe_per_rank(leaf, path)
     if isinstance(leaf, Placed):
-        placed = Placed(local_data(leaf.data, path), leaf.layout)
+        placed = Placed(local_data(leaf.data, path), leaf.layout, leaf.stored)
     elif isinstance(leaf, Flat):
         placed = _describe_flat(leaf, path, rank)
     elif isinstance(leaf, DTensor):
@@ -204,10 +206,10 @@ def _describe_flat(leaf: Flat, path: str, rank: int) -> Placed:
     return placed_flat(data, FlatLayout(shape, ((rank, leaf.start, stop),)), rank)
 
 
-def placed_flat(data: torch.Tensor, layout: FlatLayout, rank: int) -> Placed:
+def placed_flat(data: torch.Tensor, layout: FlatLayout, rank: int, *, stored: bool = True) -> Placed:
     """One-dimensional memory with the shape that ``layout`` gives it: a range that is all of a tensor has its shape."""
     piece = layout.piece(rank)
-    return Placed(data if piece is None else data.view(piece.shape), layout)
+    return Placed(data if piece is None else data.view(piece.shape), layout, stored)
 
 
 # ---- DTensor

@@ -11,6 +11,7 @@ that have not changed since 2.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ def entries(root: nn.Module, path: str, here: Whereabouts) -> Iterator[tuple[str
     """(plain name, name, leaf) of all parameters, persistent buffers and extra states."""
     cleaner = NameCleaner(root)
     managed: set[tuple[int, str]] = set()
-    for prefix, handle in _handles(root):
-        flat = handle.flat_param
+    for prefix, module in _flat_modules(root):
+        flat = module._handle.flat_param
         leaves = {}
-        for info, slot in zip(flat._param_infos, _slots(handle, prefix, cleaner), strict=True):
+        for info, slot in zip(flat._param_infos, _slots(module, prefix, cleaner), strict=True):
             managed.add((id(info.module), info.param_name))
-            leaves[id(info.module), info.param_name] = leaf = _leaf(handle, slot, here)
+            leaves[id(info.module), info.param_name] = leaf = _leaf(module._handle, slot, here)
             yield slot.fqn, slot.fqn, leaf
         for shared in flat._shared_param_infos:
             managed.add((id(shared.module), shared.param_name))
@@ -46,13 +47,14 @@ def parameter_slots(root: nn.Module) -> Iterator[tuple[torch.Tensor, list[Slot]]
     """What an optimizer may hold: flat parameters, the parameters in them, and those that FSDP ignores."""
     cleaner = NameCleaner(root)
     managed: set[int] = set()
-    for prefix, handle in _handles(root):
-        slots = _slots(handle, prefix, cleaner)
-        managed.add(id(handle.flat_param))
-        yield handle.flat_param, slots
-        for param, slot in zip(handle.flat_param._params or (), slots, strict=bool(handle.flat_param._params)):
+    for prefix, module in _flat_modules(root):
+        slots = _slots(module, prefix, cleaner)
+        flat = module._handle.flat_param
+        managed.add(id(flat))
+        yield flat, slots
+        for param, slot in zip(flat._params or (), slots, strict=bool(flat._params)):
             managed.add(id(param))
-            yield param, [Slot(slot.fqn, slot.layout, 0, slot.numel)]
+            yield param, [replace(slot, offset=0)]
     for name, param in root.named_parameters():
         if id(param) not in managed:
             yield param, [Slot(cleaner.clean(name))]
@@ -60,7 +62,8 @@ def parameter_slots(root: nn.Module) -> Iterator[tuple[torch.Tensor, list[Slot]]
 
 def reshard(module: nn.Module) -> None:
     """Free gathered parameters, which would hide what is loaded into the sharded ones."""
-    for _, handle in _handles(module):
+    for _, wrapper in _flat_modules(module):
+        handle = wrapper._handle
         if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
             handle.reshard(True)
 
@@ -74,25 +77,26 @@ def set_extra_states(root: nn.Module, state: dict[str, Any]) -> None:
             module.set_extra_state(state[key])
 
 
-def _handles(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Raw name of the wrapped module, and handle, of each flat parameter."""
+def _flat_modules(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """FSDP modules that have a flat parameter, with their names."""
     for name, module in root.named_modules():
-        handle = getattr(module, "_handle", None) if is_fsdp1(module) else None
-        if handle is not None:
-            yield name, handle
+        if is_fsdp1(module) and getattr(module, "_handle", None) is not None:
+            yield name, module
 
 
-def _slots(handle: Any, prefix: str, cleaner: NameCleaner) -> list[Slot]:
+def _slots(module: Any, prefix: str, cleaner: NameCleaner) -> list[Slot]:
     """Where each parameter lies in a flat one."""
+    handle = module._handle
     flat = handle.flat_param
-    here = handle.rank
-    size = _shard_numel(handle)
+    here = handle.rank if handle.uses_sharded_strategy else 0
+    size = local_shard(handle).numel()
+    stored = _is_first_replica(module)
     slots = []
     for fqn, shape, start in zip(flat._fqns, flat._shapes, _starts(flat), strict=True):
         layout, stop = _flat_layout(handle, tuple(shape), start, size), start + shape.numel()
         first, last = max(start, here * size), min(stop, (here + 1) * size)
         name = cleaner.clean(f"{prefix}.{fqn}" if prefix else fqn)
-        slots.append(Slot(name, layout, max(first - here * size, 0), max(last - first, 0)))
+        slots.append(Slot(name, layout, max(first - here * size, 0), max(last - first, 0), stored))
     return slots
 
 
@@ -106,10 +110,10 @@ def _starts(flat: Any) -> list[int]:
     return starts
 
 
-def _shard_numel(handle: Any) -> int:
-    if not handle.uses_sharded_strategy:
-        return int(handle.flat_param.numel())
-    return int(local_shard(handle).numel())
+def _is_first_replica(module: Any) -> bool:
+    """Whether this rank is in the first of the groups that each hold all shards (hybrid sharding)."""
+    replicas = getattr(module, "_inter_node_pg", None)
+    return replicas is None or dist.get_rank(replicas) == 0
 
 
 def local_shard(handle: Any) -> torch.Tensor:
@@ -135,7 +139,7 @@ def _leaf(handle: Any, slot: Slot, here: Whereabouts) -> Placed:
     data = local_shard(handle).narrow(0, slot.offset if slot.numel else 0, slot.numel)
     if not handle.uses_sharded_strategy:
         return Placed(data.view(slot.layout.shape), Replicated(slot.layout.shape))
-    return placed_flat(data, slot.layout, here.rank)
+    return placed_flat(data, slot.layout, here.rank, stored=slot.stored)
 
 
 def _unmanaged(module: nn.Module, name: str, managed: set[tuple[int, str]]) -> Iterator[tuple[str, str, Any]]:

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..describe import Placed, Whereabouts, local_data
+from ..describe import Placed, Whereabouts
 from ..errors import DuplicateName
-from ..layout import Mesh, MeshLayout, Replicate
 from . import fsdp1
 from .adapter import Adapter
 from .base import Finish, below
@@ -34,11 +33,8 @@ class ModuleAdapter(Adapter):
         owners = broadcast_owners(value)
         tree: dict[str, Any] = {}
         for name, _, leaf in entries(value, path, saving.here):
-            owner = owners.get(id(leaf))
-            if owner is None:
+            if owners.get(id(leaf), saving.here.rank) == saving.here.rank:
                 tree[name] = leaf
-            elif owner == saving.here.rank:
-                tree[name] = held_by(leaf, owner, below(path, name))
         return tree or None
 
     def open(self, value: nn.Module, path: str, opening: Opening, *, per_rank: bool) -> Finish:
@@ -104,12 +100,6 @@ def broadcast_owners(module: nn.Module) -> dict[int, int]:
             ignored = wrapper.parameters_to_ignore
             owners |= {id(buffer): rank for name, buffer in wrapper.module.named_buffers() if name not in ignored}
     return owners
-
-
-def held_by(leaf: torch.Tensor, rank: int, path: str) -> Placed:
-    """A plain tensor that ``rank`` alone stores."""
-    data = local_data(leaf, path)
-    return Placed(data, MeshLayout(tuple(data.shape), Mesh((rank,), (1,)), (Replicate(),)))
 
 
 def _live_storages(module: nn.Module) -> set[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,9 +62,7 @@ class ParameterNames:
         named: dict[torch.Tensor, list[Slot]] = {}
         for param, (owner, slots) in found.items():
             # one optimizer for several modules of a state: where their names collide, the module tells them apart
-            named[param] = [
-                Slot(f"{owner}.{s.fqn}", s.layout, s.offset, s.numel) if counts[s.fqn] > 1 and owner else s for s in slots
-            ]
+            named[param] = [replace(s, fqn=f"{owner}.{s.fqn}") if counts[s.fqn] > 1 and owner else s for s in slots]
         twice = Counter(slot.fqn for slots in named.values() for slot in slots).most_common(1)
         if twice and twice[0][1] > 1:
             raise DuplicateName(f"{path!r}: two parameters of the optimizer have the name {twice[0][0]!r}", path=path)

@@ -51,8 +51,6 @@ class Parts:
     """All param groups, with all parameters."""
     owns: Callable[[torch.Tensor], bool]
     """Whether this rank keeps the state of a parameter."""
-    place: Callable[[torch.Tensor, str], Any]
-    """What is stored for a state tensor, by its path."""
     settle: Callable[[], None]
     """Called after loading."""
 
@@ -70,7 +68,7 @@ class OptimizerAdapter(Adapter):
 
     def parts(self, value: Any, path: str) -> Parts:
         """What is saved and loaded of ``value``."""
-        return Parts(value, value.param_groups, lambda _: True, lambda tensor, _: tensor, lambda: None)
+        return Parts(value, value.param_groups, lambda _: True, lambda: None)
 
     def expand(self, value: Any, path: str, saving: Saving) -> Any:
         parts = self.parts(value, path)
@@ -88,7 +86,7 @@ class OptimizerAdapter(Adapter):
             entries = parts.state.get(param)
             if entries and parts.owns(param):
                 for slot in param_slots:
-                    state[slot.fqn] = _cut_all(entries, slot, param, below(path, "state", slot.fqn), parts, saving)
+                    state[slot.fqn] = _cut_all(entries, slot, param, below(path, "state", slot.fqn), saving.here.rank)
         others = {key: item for key, item in parts.state.items() if not isinstance(key, torch.Tensor)}
         sections = {"param_groups": groups, "group_of": group_of, "state": state, "others": others}
         tree.update({key: section for key, section in sections.items() if section})
@@ -136,18 +134,16 @@ def _check_state(parts: Parts, slots: Mapping[torch.Tensor, list[Slot]], path: s
             )
 
 
-def _cut_all(entries: Any, slot: Slot, param: torch.Tensor, path: str, parts: Parts, saving: Saving) -> Any:
+def _cut_all(entries: Any, slot: Slot, param: torch.Tensor, path: str, rank: int) -> Any:
     """State entries of a parameter as they are stored for one of its slots."""
-    if isinstance(entries, torch.Tensor):
-        if slot.layout is None:
-            return parts.place(entries, path)
-        return cut_flat(entries, slot, param, path, saving.here.rank)
-    if is_plain(entries):
+    if slot.layout is None or is_plain(entries):
         return entries
+    if isinstance(entries, torch.Tensor):
+        return cut_flat(entries, slot, param, path, rank)
     if isinstance(entries, Mapping):
-        return {key: _cut_all(item, slot, param, below(path, str(key)), parts, saving) for key, item in entries.items()}
+        return {key: _cut_all(item, slot, param, below(path, str(key)), rank) for key, item in entries.items()}
     if type(entries) is list or type(entries) is tuple:
-        cut = [_cut_all(item, slot, param, below(path, str(at)), parts, saving) for at, item in enumerate(entries)]
+        cut = [_cut_all(item, slot, param, below(path, str(at)), rank) for at, item in enumerate(entries)]
         return cut if type(entries) is list else tuple(cut)
     return entries
 
@@ -163,7 +159,7 @@ def cut_flat(entry: torch.Tensor, slot: Slot, param: torch.Tensor, path: str, ra
             path=path,
         )
     data = entry.narrow(0, slot.offset if slot.numel else 0, slot.numel)
-    return placed_flat(data, slot.layout, rank)
+    return placed_flat(data, slot.layout, rank, stored=slot.stored)
 
 
 class _ParameterState:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..describe import LocalTensor, Whereabouts, describe, is_tensor_leaf
+from ..describe import LocalTensor, Placed, Whereabouts, describe, is_tensor_leaf
 from ..errors import DuplicateName
 from ..tree import child
 from ..values import Container, Value, encode_value, unsupported
@@ -93,6 +93,8 @@ class Saving:
 
     def _add_tensor(self, path: str, leaf: Any, per_rank: bool) -> None:
         self._claim(path)
+        if isinstance(leaf, Placed) and not leaf.stored:
+            return
         if per_rank:
             placed = describe(leaf, path, self.here.rank, per_rank=True)
             alias_of = None

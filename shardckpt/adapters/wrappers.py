@@ -26,6 +26,8 @@ class Slot:
     """For FSDP1: first element in the optimizer's flat parameter."""
     numel: int = 0
     """For FSDP1: number of elements that this rank holds."""
+    stored: bool = True
+    """For FSDP1: whether this rank takes part in saving it, as the first of the replicas does."""
 
 
 def is_fsdp1(module: nn.Module) -> bool:

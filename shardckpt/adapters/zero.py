@@ -6,11 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from ..errors import StateError
-from .module import held_by
 from .optimizer import OptimizerAdapter, Parts
 
 
@@ -29,13 +25,9 @@ class ZeroAdapter(OptimizerAdapter):
                 "save and load after them",
                 path=path,
             )
-        rank = dist.get_rank()
         owned = {param for group in local.param_groups for param in group["params"]}
-
-        def place(tensor: torch.Tensor, path: str) -> Any:
-            return held_by(tensor, rank, path)
 
         def settle() -> None:
             value._sync_param_groups(value.param_groups, local.param_groups)
 
-        return Parts(local, value.param_groups, owned.__contains__, place, settle)
+        return Parts(local, value.param_groups, owned.__contains__, settle)
