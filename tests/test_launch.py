@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.progress import Progress
+
+from launch.quickstart import Content, Leg, compare_content, compare_losses, run
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -82,13 +85,41 @@ def test_the_quickstart_proves_what_it_says(tmp_path: Path) -> None:
     assert "All of it holds" in done.stdout
 
 
-@pytest.mark.slow
-def test_a_training_job_that_fails_fails_the_quickstart(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "something").touch()
-    done = subprocess.run(
-        [sys.executable, LAUNCH / "quickstart.py", f"--keep={work}"], capture_output=True, text=True, timeout=60
-    )
+def leg(ranks: int, first: int, last: int, found: Content | None = None, left: Content | None = None) -> Leg:
+    return Leg(ranks=ranks, losses=dict.fromkeys(range(first, last + 1), 2.0), found=found, left=left)
+
+
+def test_a_tensor_that_changed_fails_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = Content(tensors={"a": "1", "b": "2"}, digest="12")
+    legs = [leg(4, 1, 12, left=saved), leg(2, 9, 20, found=saved)]
+    compare_content(legs)
+    for damage in ({"a": "1", "b": "3"}, {"a": "1"}, {"a": "1", "b": "2", "c": "3"}):
+        legs[1].found = Content(tensors=damage, digest="13")
+        with pytest.raises(SystemExit) as end:
+            compare_content(legs)
+        assert end.value.code == 1
+        assert "1 tensors were not restored bit for bit" in capsys.readouterr().out
+
+
+def test_another_loss_after_a_resume_fails_the_quickstart() -> None:
+    legs = [leg(4, 1, 12), leg(2, 9, 20)]
+    compare_losses(leg(4, 1, 20), legs)
+    legs[1].losses[9] += 0.01
+    with pytest.raises(SystemExit) as end:
+        compare_losses(leg(4, 1, 20), legs)
+    assert end.value.code == 1
+
+
+def test_a_training_job_that_fails_fails_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, Progress() as progress:
+        run(Leg(ranks=1), tmp_path, ["--no-such-option"], tmp_path / "log", progress, progress.add_task(""))
+    assert end.value.code == 1
+    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().out
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    command = [sys.executable, str(LAUNCH / "quickstart.py"), f"--keep={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "not empty" in done.stderr
