@@ -15,7 +15,7 @@ from typing import Any
 
 from ._version import __version__
 from .checksum import encode_digests
-from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, MissingFile, StoreError
+from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, DigestRefused, MissingFile, StoreError
 from .manifest import (
     FORMAT,
     MANIFEST_LIMIT,
@@ -25,11 +25,12 @@ from .manifest import (
     Manifest,
     TensorRecord,
     encode_canonical,
+    manifest_digest,
 )
 from .plan import Plan
 from .records import LayoutEncoder
 from .store import Store
-from .validate import Checkpoint, parse_manifest
+from .validate import parse_manifest
 from .write import Receipt
 
 
@@ -143,11 +144,17 @@ def already_committed(store: Store, prefix: str) -> AlreadyCommitted:
     )
 
 
-def read_checkpoint(store: Store, prefix: str) -> bytes:
-    """The bytes of a committed manifest, checked; raises `MissingFile` when there is none."""
+def read_manifest_bytes(store: Store, prefix: str, expect_digest: str | None = None) -> bytes:
+    """The bytes of a committed manifest, not yet checked; raises `MissingFile` when there is none.
+
+    With ``expect_digest`` (SHA-256 in hex) any other manifest raises `DigestRefused`.
+    """
     data = store.get(f"{prefix}{MANIFEST_NAME}", MANIFEST_LIMIT)
-    parse_manifest(data)
+    if expect_digest is not None and manifest_digest(data) != expect_digest.lower():
+        raise DigestRefused(
+            f"the manifest of {store.url}/{prefix} has SHA-256 {manifest_digest(data)}, not the expected {expect_digest}: "
+            "it is another checkpoint, or it was changed",
+            expected=expect_digest,
+            got=manifest_digest(data),
+        )
     return data
-
-
-__all__ = ["Checkpoint", "Contents", "already_committed", "build_manifest", "check_visible", "publish", "read_checkpoint"]

@@ -15,13 +15,12 @@ import msgspec
 import torch
 
 from .adapters.dtypes import dtype_name, dtype_named
-from .commit import read_checkpoint
+from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
-from .errors import DigestRefused, DtypeMismatch, InvalidManifest, MissingNames, ShapeMismatch, StateError
+from .errors import DtypeMismatch, InvalidManifest, MissingNames, ShapeMismatch, StateError
 from .exchange import Statement, exchange
 from .layout import PerRankShapes, Piece, Replicated
-from .manifest import manifest_digest
 from .options import Options
 from .plan import PlannedTensor
 from .read import CheckpointFiles, Destination, read_into
@@ -31,7 +30,7 @@ from .state import open_target
 from .store import Store
 from .tables import Described, encode_table, merge_tables
 from .tree import StoredIndex, StoredTensor, unflatten
-from .validate import parse_manifest
+from .validate import Checkpoint, parse_manifest
 from .values import Container, decode_value
 
 logger = logging.getLogger("shardckpt")
@@ -39,6 +38,10 @@ _PACK = msgspec.msgpack.Encoder()
 
 AMPLIFICATION = 1.05
 """Bytes read per byte needed above which a load reads every block once and passes it on."""
+
+
+VALUE_LIMIT = 256 << 20
+"""Bytes; larger per-rank values are refused before memory is taken for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,15 @@ class Load:
         self._prefix = prefix
         self._selection = selection
         self._options = options
-        self._checkpoint = parse_manifest(coordinator.broadcast("load: manifest", self._read_manifest))
+        checkpoints: list[Checkpoint] = []
+
+        def read_manifest() -> bytes:
+            data = read_manifest_bytes(store, prefix, selection.expect_digest)
+            checkpoints.append(parse_manifest(data))
+            return data
+
+        data = coordinator.broadcast("load: manifest", read_manifest)
+        self._checkpoint = checkpoints[0] if checkpoints else parse_manifest(data)
         self._plan = self._checkpoint.plan
         self._files = CheckpointFiles(store, prefix, self._checkpoint)
 
@@ -181,18 +192,6 @@ class Load:
         coordinator.round("load: put back", finish)
         return self._report(targets[0], restored[0], decision, bytes_read)
 
-    def _read_manifest(self) -> bytes:
-        data = read_checkpoint(self._store, self._prefix)
-        expected = self._selection.expect_digest
-        if expected is not None and manifest_digest(data) != expected.lower():
-            raise DigestRefused(
-                f"the manifest of {self._store.url}/{self._prefix} has SHA-256 {manifest_digest(data)}, "
-                f"not the expected {expected}: it is another checkpoint, or it was changed",
-                expected=expected,
-                got=manifest_digest(data),
-            )
-        return data
-
     def _decide(self, payloads: list[bytes]) -> bytes:
         """On rank 0: whether to read every block once and pass it on."""
         reads = [msgspec.msgpack.decode(payload, type=_Reads) for payload in payloads]
@@ -236,6 +235,7 @@ class Load:
 
     def _make_target(self) -> _Target:
         """A whole new state. What each rank saved for itself stands in it as a dict by rank."""
+        self._files.require_sizes()
         leaves: dict[str, Any] = {}
         wanted = []
         for tensor in self._plan.tensors:
@@ -284,6 +284,8 @@ class Load:
         piece = tensor.stored(rank)
         if piece is None:
             raise InvalidManifest(f"invalid manifest: value {tensor.name!r} of rank {rank} is empty", name=tensor.name)
+        if piece.numel > VALUE_LIMIT:
+            raise InvalidManifest(f"invalid manifest: value {tensor.name!r} has {piece.numel} bytes", name=tensor.name)
         text = torch.empty(piece.numel, dtype=torch.uint8)
         reads = plan_reads(self._plan, [Want(0, tensor, piece, rank)])
         read_into(self._files, reads, {0: Destination(text, piece)}, workers=1)

@@ -114,6 +114,19 @@ class CheckpointFiles:
         if finished is not None:
             finished.close()
 
+    def require_sizes(self) -> None:
+        """Raise unless all files are there with the sizes that the manifest says, by one listing.
+
+        Called before memory is taken on the manifest's word alone.
+        """
+        sizes = {entry.name: entry.size for entry in self._store.list(self._prefix.rstrip("/"))}
+        for file, record in enumerate(self._checkpoint.manifest.files):
+            name = f"{self._prefix}{record.name}"
+            if name not in sizes:
+                raise self._missing(file)
+            if sizes[name] != record.size:
+                raise self._truncated(file, sizes[name])
+
     def _reader(self, file: int) -> FileReader:
         with self._lock:
             reader = self._readers.get(file)
@@ -123,26 +136,34 @@ class CheckpointFiles:
 
     def _open(self, file: int) -> FileReader:
         record = self._checkpoint.manifest.files[file]
-        name = f"{self._prefix}{record.name}"
         try:
-            reader = self._store.open(name)
+            reader = self._store.open(f"{self._prefix}{record.name}")
         except MissingFile as error:
-            raise MissingFile(
-                f"{name} is missing in {self._store.url}: the manifest names it as the file of rank {file}. "
-                "The checkpoint was not copied whole, or files were removed; restore another step",
-                name=name,
-                rank=file,
-            ) from error
+            raise self._missing(file) from error
         if reader.size != record.size:
             reader.close()
-            raise TruncatedFile(
-                f"{name} in {self._store.url} has {reader.size} bytes, the manifest says {record.size}: "
-                "it was cut or replaced; restore another step",
-                name=name,
-                wanted=record.size,
-                got=reader.size,
-            )
+            raise self._truncated(file, reader.size)
         return reader
+
+    def _missing(self, file: int) -> MissingFile:
+        name = f"{self._prefix}{self._checkpoint.manifest.files[file].name}"
+        return MissingFile(
+            f"{name} is missing in {self._store.url}: the manifest names it as the file of rank {file}. "
+            "The checkpoint was not copied whole, or files were removed; restore another step",
+            name=name,
+            rank=file,
+        )
+
+    def _truncated(self, file: int, got: int) -> TruncatedFile:
+        record = self._checkpoint.manifest.files[file]
+        name = f"{self._prefix}{record.name}"
+        return TruncatedFile(
+            f"{name} in {self._store.url} has {got} bytes, the manifest says {record.size}: "
+            "it was cut or replaced; restore another step",
+            name=name,
+            wanted=record.size,
+            got=got,
+        )
 
     def _refuse(self, chunk: Chunk, data: int, start: int, stop: int) -> None:
         name = f"{self._prefix}{self._checkpoint.manifest.files[chunk.reads.file].name}"

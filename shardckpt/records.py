@@ -32,6 +32,9 @@ from .layout import (
 )
 from .manifest import LayoutRecord, MeshRecord, TensorRecord
 
+MAX_MESH_DIMS = 16
+MAX_TENSOR_DIMS = 64
+
 
 def encode_placement(placement: Placement) -> str:
     """``R``, ``S<dim>`` or ``S<dim>/<split factor>``."""
@@ -48,7 +51,7 @@ def decode_placement(text: str) -> Placement:
     """The inverse of `encode_placement`; ValueError when ``text`` is none."""
     if text == "R":
         return Replicate()
-    found = re.fullmatch(r"S(0|[1-9]\d{0,2})(?:/([2-9]|[1-9]\d{1,5}))?", text, re.ASCII)
+    found = re.fullmatch(r"S(0|[1-9]\d{0,2})(?:/([2-9]|[1-9]\d{1,3}))?", text, re.ASCII)
     if found is None:
         raise ValueError(f"{text!r} is not a placement (R, S<dim> or S<dim>/<split factor>)")
     dim, factor = int(found[1]), found[2]
@@ -123,6 +126,7 @@ class LayoutDecoder:
 
     def _mesh(self, where: str, record: MeshRecord) -> Mesh:
         size = checked_volume(where, record.shape, 1)
+        require(len(record.shape) <= MAX_MESH_DIMS, where, f"{len(record.shape)} dimensions")
         require(0 < size <= self._world_size, where, f"{size} ranks in a world of {self._world_size}")
         if record.ranks is not None:
             require(record.strides is None and record.start == 0, where, "both listed and regular")
@@ -236,7 +240,7 @@ def _tile(boxes: list[tuple[Ints, Ints]], numel: int) -> bool:
 
 def checked_volume(where: str, shape: Ints, itemsize: int) -> int:
     """Number of elements of ``shape``; refuses a tensor that could not exist."""
-    require(len(shape) <= 64, where, f"{len(shape)} dimensions")
+    require(len(shape) <= MAX_TENSOR_DIMS, where, f"{len(shape)} dimensions")
     numel = prod(shape)
     require(numel * itemsize < 1 << 62, where, f"shape {shape} overflows")
     return numel

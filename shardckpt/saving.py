@@ -24,6 +24,7 @@ from .manifest import MANIFEST_NAME, encode_canonical, manifest_digest, rank_fil
 from .options import Options
 from .plan import Plan, PlannedTensor, make_plan
 from .root import Root
+from .stage import wait_for_devices
 from .state import Captured, capture
 from .store import Store
 from .tables import Described, encode_table, merge_tables, per_rank_shapes
@@ -102,6 +103,7 @@ class Saver:
 
         def write() -> bytes:
             plans.append(self._plan_for(exchanged))
+            wait_for_devices(tensors.values())
             samples = _sample_replicas(plans[0], coordinator.rank, tensors)
             receipt = write_rank_file(store, name, plans[0], coordinator.rank, tensors, workers=self._options.workers)
             return _PACK.encode(_Written(receipt, samples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import mmap
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -59,6 +59,12 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
     return array
 
 
+def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait until what was queued on the tensors' devices is done, so that other threads and streams read final values."""
+    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+        torch.accelerator.synchronize(device)
+
+
 def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position: int) -> None:
     """Copy elements ``[start, stop)`` of the ravel of ``tensor`` to byte ``position`` of ``buffer``.
 
@@ -72,6 +78,9 @@ def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position
         np.copyto(buffer.array[position:end], source[start * size : stop * size])
         return
     target = buffer.tensor[position:end].view(tensor.dtype)
+    if tensor.is_contiguous():
+        target.copy_(tensor.detach().reshape(-1)[start:stop])
+        return
     at = 0
     for offsets, sizes in window_boxes(tuple(tensor.shape), start, stop):
         part = tensor.detach()[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]

@@ -28,7 +28,7 @@ from .manifest import (
     manifest_digest,
     rank_file_name,
 )
-from .plan import Plan, PlannedTensor
+from .plan import MAX_BLOCK, Plan, PlannedTensor
 from .records import LayoutDecoder, check_cover, require
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
@@ -75,7 +75,7 @@ def parse_manifest(data: bytes) -> Checkpoint:
             "after the end); it was changed after it was written"
         )
     require(0 < manifest.world_size <= MAX_WORLD_SIZE, "world_size", f"{manifest.world_size}")
-    require(_is_power_of_two(manifest.block_size), "block_size", f"{manifest.block_size} is not a power of two >= 4096")
+    require(_is_block_size(manifest.block_size), "block_size", f"{manifest.block_size} is no power of two up to {MAX_BLOCK}")
     plan = _check_tensors(manifest)
     _check_files(manifest, plan)
     return Checkpoint(manifest, plan, manifest_digest(data))
@@ -104,8 +104,8 @@ def _check_version(envelope: _Envelope) -> None:
         )
 
 
-def _is_power_of_two(size: int) -> bool:
-    return size >= HEADER_ALIGNMENT and size & (size - 1) == 0
+def _is_block_size(size: int) -> bool:
+    return HEADER_ALIGNMENT <= size <= MAX_BLOCK and size & (size - 1) == 0
 
 
 def _check_tensors(manifest: Manifest) -> Plan:
