@@ -152,8 +152,9 @@ def test_an_abort_leaves_no_object_and_no_parts(store: ObjectStore, s3: Any, siz
     assert unfinished_uploads(s3) == []
 
 
-def test_a_part_that_fails_fails_the_save_and_cleans_up(store: ObjectStore, proxy: Proxy, s3: Any) -> None:
-    proxy.faults.append(Fault(method="PUT", status=500, query="partNumber=2"))
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_part_that_fails_fails_the_save_and_cleans_up(store: ObjectStore, proxy: Proxy, s3: Any, part: int) -> None:
+    proxy.faults.append(Fault(method="PUT", status=500, query=f"partNumber={part}"))
     data = some_bytes(20 * MIB)
     with pytest.raises(StoreError, match="cannot upload 'step-1/file'"):
         store_file(store, "step-1/file", data)
