@@ -14,9 +14,10 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .api import load, save
-from .checkpointer import Checkpointer, SaveHandle
 from .errors import (
     AlreadyCommitted,
     AlreadyExists,
@@ -47,11 +48,42 @@ from .errors import (
     UnsupportedLeaf,
     UnsupportedVersion,
 )
-from .loading import Restored, RestoreInfo
 from .options import Options, Retention
-from .sampler import ElasticSampler
-from .saving import Saved
-from .state import Flat, PerRank, RNGState
+
+if TYPE_CHECKING:
+    from .api import load, save
+    from .checkpointer import Checkpointer, SaveHandle
+    from .loading import Restored, RestoreInfo
+    from .sampler import ElasticSampler
+    from .saving import Saved
+    from .state import Flat, PerRank, RNGState
+
+# These modules need torch, which takes seconds to import. They are imported when a name of theirs is first used, so that
+# commands that only look at files start at once.
+_HOMES = {
+    "api": ("load", "save"),
+    "checkpointer": ("Checkpointer", "SaveHandle"),
+    "loading": ("RestoreInfo", "Restored"),
+    "sampler": ("ElasticSampler",),
+    "saving": ("Saved",),
+    "state": ("Flat", "PerRank", "RNGState"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # to a type checker, a name that is not listed above is an error
+
+    def __getattr__(name: str) -> Any:
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        member = globals()[name] = getattr(importlib.import_module(f".{home}", __name__), name)
+        return member
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AlreadyCommitted",
