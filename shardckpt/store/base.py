@@ -107,8 +107,7 @@ class FileWriter(ABC):
         self._state = "open"
 
     def write_at(self, offset: int, buffer: memoryview) -> None:
-        """Write all of ``buffer`` (1-D, bytes) at ``offset`` (bytes); the buffer may be reused after the
-        return.
+        """Write all of ``buffer`` (1-D, bytes) at ``offset`` (bytes); then the buffer may be reused.
 
         The offset, the length and the memory address are multiples of `alignment`. The last write may
         therefore reach past ``size``: what lies there is cut off by `finish`. Short writes are resumed.

@@ -53,8 +53,7 @@ class Directories:
                 try:
                     self._fs.fsync(fd)
                 except OSError as error:
-                    # Says that this file system has no such operation for directories: there is nothing to
-                    # wait for.
+                    # Says that this file system has no such operation for directories: nothing to wait for.
                     if error.errno != errno.EINVAL:
                         raise
 
@@ -106,7 +105,6 @@ class Directories:
         try:
             self.sync(parent)
         except StoreError as error:
-            # A user who may not list the directory above cannot have made the root in it: `make` would have
-            # failed.
+            # Who may not list the directory above has not made the root in it: `make` would have failed.
             if error.details.get("errno") not in ("EACCES", "EPERM"):
                 raise

@@ -43,6 +43,7 @@ logger = logging.getLogger("shardckpt")
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
 _NO_DIRECT_IO: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+_MOST_TRIES: Final = 20
 _KINDS: Final = {
     stat.S_IFDIR: "directory",
     stat.S_IFIFO: "FIFO",
@@ -123,11 +124,15 @@ class LocalStore(Store):
         return os.path.join(self.url, check_name(name))
 
     def _open_new(self, path: str, flags: int = 0) -> int:
-        while True:
+        for _ in range(_MOST_TRIES):
             self._directories.make(os.path.dirname(path))
             # Not found: a delete saw the directory empty and removed it in between.
             with explained("create", path), suppress(FileNotFoundError):
                 return self._fs.open(path, NEW_FILE_FLAGS | flags)
+        raise StoreError(
+            f"cannot create {path!r}: its directory was removed {_MOST_TRIES} times while it was made; stop what removes it",
+            path=path,
+        )
 
     def _remove_temporary(self, path: str) -> None:
         try:

@@ -159,6 +159,12 @@ def test_create_goes_on_when_its_directory_is_removed_meanwhile(store: LocalStor
     assert store.get("step-1/file", 4) == b"data"
 
 
+def test_create_gives_up_when_its_directory_never_stays(store: LocalStore, fs: FaultyFileSystem) -> None:
+    fs.fail_always("open", errno.ENOENT)
+    with pytest.raises(StoreError, match="removed 20 times"):
+        store.put_if_absent("step-1/file", b"data")
+
+
 def test_files_are_written_with_o_direct_where_it_works(store: LocalStore, fs: FaultyFileSystem) -> None:
     try:
         fd = os.open(store.url + "-probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
