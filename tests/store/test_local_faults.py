@@ -146,21 +146,21 @@ def test_a_kill_before_any_system_call_leaves_all_or_nothing(
     """Save, publish, replace: after a kill at each call in turn, the manifest is whole or absent, and so is its file."""
     calls = 0
     finished = False
+    after = LocalStore(tmp_path, FaultyFileSystem())
+    store_file(after, "step-1/file", OLD)
     while not finished:
-        root = tmp_path / str(calls)
-        store_file(LocalStore(root), "step-1/file", OLD)
         try:
-            _save(LocalStore(root, file_system().die_after(calls)))
+            _save(LocalStore(tmp_path, file_system().die_after(calls)))
             finished = True
         except Killed:
             calls += 1
-        after = LocalStore(root)
         assert load_file(after, "step-1/file") == OLD
         if "step-2/manifest.json" in names(after):
             assert load_file(after, "step-2/manifest.json") == b"manifest"
             assert load_file(after, "step-2/file") == NEW
         _clean(after)
         _save(after)
+        _clean(after)
     assert calls > 30
 
 
