@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .coordinate import Coordinator
-from .errors import CheckpointNotFound, ConfigError, MissingFile
+from .errors import ConfigError
 from .loading import Load, Restored, Selection
-from .manifest import MANIFEST_NAME, step_directory
 from .options import Options
-from .root import Root
+from .root import find_checkpoint
 from .saving import Saved, Saver
-from .store import Store, open_store
+from .store import open_store
 
 
 def save(
@@ -63,18 +62,6 @@ def load(
     with Coordinator.connect(timeout=options.timeout) as coordinator:
         prefix = coordinator.broadcast("load: find", lambda: find_checkpoint(store).encode()).decode()
         return Load(coordinator, store, prefix, selection, options).run(into)
-
-
-def find_checkpoint(store: Store) -> str:
-    """Prefix of the checkpoint in a store: its root, or the newest committed step."""
-    try:
-        store.open(MANIFEST_NAME).close()
-        return ""
-    except MissingFile:
-        steps = Root(store).steps()
-    if not steps:
-        raise CheckpointNotFound(f"there is no committed checkpoint in {store.url}", url=store.url)
-    return f"{step_directory(steps[-1])}/"
 
 
 def check_step(step: int) -> None:

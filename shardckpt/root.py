@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import NotACheckpointRoot
+from .errors import CheckpointNotFound, MissingFile, NotACheckpointRoot
 from .manifest import FILE_PATTERN, MANIFEST_NAME, STEP_PATTERN, step_directory
 from .options import Retention
 from .store import Entry, Store, is_temporary
@@ -98,6 +98,18 @@ class Root:
         for removal in removals:
             for name in removal.names:
                 self._store.delete(name)
+
+
+def find_checkpoint(store: Store) -> str:
+    """Prefix of the checkpoint in a store: its root, or the newest committed step."""
+    try:
+        store.open(MANIFEST_NAME).close()
+        return ""
+    except MissingFile:
+        steps = Root(store).steps()
+    if not steps:
+        raise CheckpointNotFound(f"there is no committed checkpoint in {store.url}", url=store.url)
+    return f"{step_directory(steps[-1])}/"
 
 
 def _step_of(name: str) -> int | None:
