@@ -312,7 +312,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     if count < bits.numel():
         at = torch.arange(count) * (bits.numel() - 1) // (count - 1)
         bits = bits[_unravel(at.to(tensor.device), tuple(bits.shape))]
-    return bits.reshape(-1).contiguous().view(torch.uint8)
+    # a clone, not contiguous(): that keeps the stride of a single element, and a view as bytes needs 1
+    return bits.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _unravel(at: torch.Tensor, shape: Ints) -> tuple[torch.Tensor, ...]:

@@ -55,7 +55,9 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
     """The memory of a contiguous CPU tensor as a flat array of bytes, without a copy; None for any other tensor."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
-    array: npt.NDArray[np.uint8] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # not reshape(-1): the stride of a single element may be anything, and a view as bytes needs 1
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array
 
 

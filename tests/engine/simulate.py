@@ -90,7 +90,8 @@ def random_tensors(plan: Plan) -> dict[Key, torch.Tensor]:
 def part(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The elements of ``piece``, in its shape."""
     at = torch.from_numpy(brute.held(piece, tuple(whole.shape)))
-    return whole.reshape(-1)[at].view(piece.shape)
+    elements = bits(whole).view(-1, whole.element_size())[at]
+    return elements.view(-1).view(whole.dtype).view(piece.shape)
 
 
 def local_tensors(plan: Plan, rank: int, wholes: Mapping[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,8 +151,13 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal in dtype, shape and every bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
-    return torch.equal(*bits)
+    return torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, raveled."""
+    dense = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return dense.reshape(-1).view(torch.uint8)
 
 
 def by_hand(
