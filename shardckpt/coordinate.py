@@ -297,12 +297,12 @@ class Coordinator:
             return self._obey(number, entry.label, seconds)
         try:
             payload = decide(self._collect(number, entry, seconds))
-            self._publish(number, _Verdict(payload, None))
         except BaseException as error:
             failure = describe(error)
             # An error of the tree is about all ranks here, whatever else happened to rank 0 is its own.
             self._publish(number, _Verdict(b"", failure if isinstance(error, CheckpointError) else blame(failure, 0)))
             raise
+        self._publish(number, _Verdict(payload, None))
         return payload
 
     def _collect(self, number: int, own: _Entry, seconds: float) -> list[bytes]:

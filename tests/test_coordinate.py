@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -102,7 +103,8 @@ def stored_keys(rounds: int) -> list[int]:
     counts = []
     with joined() as coordinator:
         for number in range(rounds):
-            coordinator.round(f"round {number}", lambda: name() * 3 * MIB, join)
+            payload = name() * (2 * MIB + 1 if number % 10 == 0 else 1)
+            coordinator.round(f"round {number}", functools.partial(bytes, payload), join)
             if coordinator.rank == 0:
                 # Nobody is in a round now, and the others' next entries come only after this one's answer.
                 counts.append(coordinator._server.num_keys())
@@ -111,10 +113,9 @@ def stored_keys(rounds: int) -> list[int]:
 
 
 def test_the_store_does_not_grow(ranks: RankPool) -> None:
-    counts = ranks.run(2, stored_keys, 20)[0]
-    # An old round is deleted while the next one is on, so the count moves a little, but not with the rounds.
-    assert max(counts) <= counts[0] + 4
-    assert len(set(counts[2:])) <= 4
+    counts = ranks.run(2, stored_keys, 50)[0]
+    # An old round is deleted while the next one is on, and big values take more keys, but 50 rounds leave nothing behind.
+    assert max(counts) <= 15
 
 
 def two_at_once() -> bytes:
@@ -292,13 +293,13 @@ def test_a_stopped_rank_stops_all(ranks: RankPool, rank: int, kind: type[BaseExc
 
 def interrupted_while_waiting(rank: int) -> tuple[str, float, str]:
     """Ctrl-C on one rank while it waits for the others."""
-    with joined(timeout=3.0) as coordinator:
+    with joined() as coordinator:
         dist.barrier()
         if is_rank(rank):
             threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
             seconds, error = timed(lambda: coordinator.round("save"))
         else:
-            time.sleep(1.0)
+            time.sleep(2.0)
             seconds, error = (
                 timed(lambda: coordinator.round("save")) if rank == 0 else (0.0, Exception(coordinator.round("save")))
             )
@@ -308,7 +309,7 @@ def interrupted_while_waiting(rank: int) -> tuple[str, float, str]:
 def test_ctrl_c_while_waiting_stops_rank_0_at_once_and_tells_the_others(ranks: RankPool) -> None:
     interrupted, told = ranks.run(2, interrupted_while_waiting, 0)
     assert interrupted[0] == "KeyboardInterrupt"
-    assert interrupted[1] < 0.9
+    assert interrupted[1] < 1.8
     assert told[0] == "RankFailed"
     assert interrupted[2] == told[2] == "r0 r1"
 
@@ -316,7 +317,7 @@ def test_ctrl_c_while_waiting_stops_rank_0_at_once_and_tells_the_others(ranks: R
 def test_ctrl_c_while_waiting_stops_another_rank_at_once(ranks: RankPool) -> None:
     decided, interrupted = ranks.run(2, interrupted_while_waiting, 1)
     assert interrupted[0] == "KeyboardInterrupt"
-    assert interrupted[1] < 0.9
+    assert interrupted[1] < 1.8
     assert decided[2] == interrupted[2] == "r0 r1"
 
 
@@ -365,11 +366,11 @@ def test_timeouts_are_checked(timeout: float) -> None:
 
 
 def miss(absent: tuple[int, ...], seconds: float, default: float) -> tuple[float, str, list[int], str]:
-    """Some ranks come a second after the deadline; what each rank is told, and whether all are in step again."""
+    """Some ranks come two seconds after the deadline; what each rank is told, and whether all are in step again."""
     with joined(timeout=default) as coordinator:
         dist.barrier()
         if is_rank(*absent):
-            time.sleep(seconds + 1.0)
+            time.sleep(seconds + 2.0)
         took, error = timed(lambda: coordinator.round("save", name, join, timeout=seconds))
         assert isinstance(error, RankTimeout), repr(error)
         return took, str(error), error.ranks, coordinator.round("after", name, join, timeout=30.0).decode()
@@ -403,8 +404,8 @@ def come_late_and_wait() -> tuple[float, str, list[int]]:
     """Rank 0 comes just before rank 1 loses patience, and rank 2 never: who is to blame?"""
     with joined(timeout=30.0) as coordinator:
         dist.barrier()
-        time.sleep({0: 0.6, 1: 0.0, 2: 3.5}[dist.get_rank()])
-        took, error = timed(lambda: coordinator.round("save", timeout=1.0))
+        time.sleep({0: 1.0, 1: 0.0, 2: 5.0}[dist.get_rank()])
+        took, error = timed(lambda: coordinator.round("save", timeout=2.0))
         assert isinstance(error, RankTimeout)
         # Nobody leaves before rank 2 has heard.
         coordinator.round("after", timeout=30.0)
@@ -425,7 +426,7 @@ def fail_while_another_is_missing() -> tuple[str, str]:
     with joined() as coordinator:
         dist.barrier()
         if is_rank(2):
-            time.sleep(2.0)
+            time.sleep(3.0)
         _, error = timed(lambda: coordinator.round("save", produce, timeout=1.0))
         return type(error).__name__, str(error)
 
@@ -438,7 +439,7 @@ def test_a_timeout_tells_what_failed_meanwhile(ranks: RankPool) -> None:
 
 def miss_connect(absent: int) -> tuple[float, str, list[int], bytes]:
     if is_rank(absent):
-        time.sleep(2.0)
+        time.sleep(3.0)
     took, error = timed(lambda: Coordinator.connect(timeout=1.0))
     assert isinstance(error, RankTimeout), repr(error)
     # Attempts stay paired, also for the rank that came late.
@@ -462,7 +463,7 @@ def die(victim: int, inside: bool) -> tuple[float, str, list[int]]:
             os.kill(os.getpid(), signal.SIGKILL)
         return b""
 
-    with joined(timeout=2.0) as coordinator:
+    with joined(timeout=20.0 if victim == 0 else 2.0) as coordinator:
         dist.barrier()
         if is_rank(victim) and not inside:
             time.sleep(0.5)
@@ -482,7 +483,7 @@ def test_a_killed_rank_is_named_by_the_others(ranks: RankPool, victim: int, insi
             took, message, missing = outcome
             assert missing == [victim], message
             # Rank 0 hosts the store, so its death breaks the connection at once.
-            assert took < (1.9 if victim == 0 else 2.0 + SLACK)
+            assert took < (15.0 if victim == 0 else 2.0 + SLACK)
 
 
 def freeze_rank_0() -> tuple[float, str, list[int]] | None:
