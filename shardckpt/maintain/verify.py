@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify: whether what is stored is what was saved. All problems are found, not only the first.
+
+Without reading data: the manifest holds together, every file is there, regular and of the exact size, and its header is the
+one that was written and the one that follows from the manifest. With ``read_data`` also every block of data matches its
+digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from shardckpt.checksum import DIGEST_BYTES, blocks_of, digest
+from shardckpt.errors import CheckpointError
+from shardckpt.manifest import MANIFEST_NAME
+from shardckpt.reshard import Extent
+from shardckpt.stage import CHUNK, BufferPool
+from shardckpt.store import FileReader, Store
+from shardckpt.write import safetensors_header
+
+from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint
+
+_FILES_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a checkpoint."""
+
+    kind: str
+    """Name of the error of `shardckpt.errors` that describes it."""
+    file: str
+    """Name of the file in the store."""
+    start: int | None = None
+    """First byte of the range of the file that is concerned; None when the whole file or another one is."""
+    stop: int | None = None
+    """One past the last byte."""
+    tensors: tuple[str, ...] = ()
+    """Names of the tensors that have bytes there."""
+    message: str
+    """What is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was found out about one checkpoint."""
+
+    path: str
+    """Where it is; `shardckpt.load` takes it."""
+    step: int | None
+    """Number of the training step; None when the manifest cannot be read."""
+    files: int
+    """Files that the manifest names."""
+    bytes: int
+    """Their size."""
+    bytes_read: int
+    """Bytes of data that were compared with their digests."""
+    problems: tuple[Problem, ...]
+    """What is wrong, by file; empty when all is well."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+
+def verify(
+    store: Store, *, read_data: bool = False, workers: int = WORKERS, progress: Progress = no_progress
+) -> list[Verification]:
+    """Verify the checkpoint in a store, or all committed steps of a root.
+
+    Raises `CheckpointNotFound` when there is none, and `StoreError` when the store cannot be listed. All that is wrong with
+    a checkpoint stands in the result.
+    """
+    found: list[Verification | StoredCheckpoint] = []
+    for prefix in committed_prefixes(store):
+        try:
+            found.append(open_checkpoint(store, prefix))
+        except CheckpointError as error:
+            found.append(_unreadable(store, prefix, error))
+    sizes = [int(f.checkpoint.plan.total_bytes) if isinstance(f, StoredCheckpoint) else 0 for f in found]
+    counter = _Counter(progress, sum(sizes) if read_data else 0)
+    return [
+        _Verifier(item, workers, counter).run(read_data=read_data) if isinstance(item, StoredCheckpoint) else item
+        for item in found
+    ]
+
+
+def _unreadable(store: Store, prefix: str, error: CheckpointError) -> Verification:
+    problem = Problem(kind=type(error).__name__, file=f"{prefix}{MANIFEST_NAME}", message=error.message)
+    path = f"{store.url}/{prefix}".rstrip("/")
+    return Verification(path=path, step=None, files=0, bytes=0, bytes_read=0, problems=(problem,))
+
+
+@dataclass(slots=True)
+class _Counter:
+    """Bytes that were read or given up, over all checkpoints."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.progress(self.done, self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """What a look at one file tells."""
+
+    problems: list[Problem] = field(default_factory=list)
+    readable: int = 0
+    """Bytes of the data region whose digests can be compared: whole blocks that are there."""
+
+
+class _Verifier:
+    """Verifies one checkpoint."""
+
+    def __init__(self, stored: StoredCheckpoint, workers: int, counter: _Counter) -> None:
+        self._stored = stored
+        self._manifest = stored.checkpoint.manifest
+        self._plan = stored.checkpoint.plan
+        self._workers = workers
+        self._counter = counter
+        self._bytes_read = 0
+
+    def run(self, *, read_data: bool) -> Verification:
+        ranks = range(self._manifest.world_size)
+        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="shardckpt-verify") as threads:
+            structures = list(threads.map(self._look_at, ranks))
+        problems = []
+        pool = BufferPool(self._workers, max(CHUNK, self._plan.block_size))
+        for rank, structure in zip(ranks, structures, strict=True):
+            problems += structure.problems
+            if read_data:
+                problems += self._read_data(rank, structure.readable, pool)
+        return Verification(
+            path=self._stored.url,
+            step=self._manifest.step,
+            files=len(self._manifest.files),
+            bytes=sum(file.size for file in self._manifest.files),
+            bytes_read=self._bytes_read,
+            problems=tuple(problems),
+        )
+
+    def _problem(self, kind: str, rank: int, start: int, stop: int, message: str) -> Problem:
+        record = self._manifest.files[rank]
+        pieces = self._plan.file_pieces(rank)
+        low, high = start - record.data, stop - record.data
+        tensors = tuple(p.tensor.name for p in pieces if p.offset < high and p.offset + p.nbytes > low)
+        return Problem(kind=kind, file=self._name(rank), start=start, stop=stop, tensors=tensors, message=message)
+
+    def _name(self, rank: int) -> str:
+        return f"{self._stored.prefix}{self._manifest.files[rank].name}"
+
+    # ---- structure
+
+    def _look_at(self, rank: int) -> _Structure:
+        record = self._manifest.files[rank]
+        try:
+            with self._stored.store.open(self._name(rank)) as reader:
+                problems = [*self._check_size(rank, reader), *self._check_header(rank, reader)]
+                data = min(reader.size, record.size) - record.data
+        except CheckpointError as error:
+            return _Structure([self._problem(type(error).__name__, rank, 0, record.size, error.message)])
+        if data < record.size - record.data:
+            data -= data % self._plan.block_size
+        return _Structure(problems, max(0, data))
+
+    def _check_size(self, rank: int, reader: FileReader) -> Iterator[Problem]:
+        wanted = self._manifest.files[rank].size
+        message = f"the file has {reader.size} bytes, the manifest says {wanted}"
+        if reader.size < wanted:
+            yield self._problem("TruncatedFile", rank, reader.size, wanted, f"{message}: it was cut")
+        elif reader.size > wanted:
+            yield self._problem("IntegrityError", rank, wanted, reader.size, f"{message}: something was added to it")
+
+    def _check_header(self, rank: int, reader: FileReader) -> Iterator[Problem]:
+        record = self._manifest.files[rank]
+        expected = safetensors_header(self._plan.file_pieces(rank))
+        if len(expected) != record.data:
+            message = f"the header that follows from the manifest has {len(expected)} bytes, the manifest says {record.data}"
+            yield self._problem("InvalidManifest", rank, 0, record.data, message)
+        elif reader.size >= record.data:
+            header = bytearray(record.data)
+            reader.read_at(0, [memoryview(header)])
+            as_written = digest(memoryview(header)).hex() == record.header
+            if header != expected:
+                kind = "InvalidManifest" if as_written else "ChecksumMismatch"
+                tail = "the file agrees with its digest" if as_written else "it was changed after it was written"
+                start, stop = _differing_range(header, expected)
+                yield self._problem(
+                    kind, rank, start, stop, f"the header is not the one that follows from the manifest; {tail}"
+                )
+            elif not as_written:
+                yield self._problem(
+                    "InvalidManifest", rank, 0, record.data, "the header is right, its digest in the manifest not"
+                )
+
+    # ---- data
+
+    def _read_data(self, rank: int, readable: int, pool: BufferPool) -> Iterator[Problem]:
+        """Compare all blocks in the first ``readable`` bytes of data; damaged neighbours make one problem."""
+        data = self._manifest.files[rank].data
+        chunks = [(start, min(start + pool.size, readable)) for start in range(0, readable, pool.size)]
+        if chunks:
+            try:
+                damages = self._compare_all(rank, chunks, pool)
+            except CheckpointError as error:
+                damages = [_Damage(0, readable, type(error).__name__, error.message)]
+            for damage in _join_neighbours(damages):
+                yield self._problem(damage.kind, rank, data + damage.start, data + damage.stop, damage.message)
+        self._counter.add(int(self._plan.bytes_by_rank[rank]) - readable)
+
+    def _compare_all(self, rank: int, chunks: list[Extent], pool: BufferPool) -> list[_Damage]:
+        damages = []
+        with (
+            self._stored.store.open(self._name(rank)) as reader,
+            ThreadPoolExecutor(self._workers, thread_name_prefix="shardckpt-verify") as threads,
+        ):
+            results = threads.map(lambda chunk: list(self._compare(rank, reader, chunk, pool)), chunks)
+            for (start, stop), found in zip(chunks, results, strict=True):
+                damages += found
+                self._bytes_read += stop - start
+                self._counter.add(stop - start)
+        return damages
+
+    def _compare(self, rank: int, reader: FileReader, chunk: Extent, pool: BufferPool) -> Iterator[_Damage]:
+        start, stop = chunk
+        digests = self._stored.checkpoint.digests[rank]
+        with pool.borrow() as buffer:
+            try:
+                reader.read_at(self._manifest.files[rank].data + start, [buffer.bytes[: stop - start]])
+            except CheckpointError as error:
+                yield _Damage(start, stop, type(error).__name__, error.message)
+                return
+            for block in blocks_of(start, stop, self._plan.block_size):
+                wanted = digests[block.number * DIGEST_BYTES : (block.number + 1) * DIGEST_BYTES]
+                if digest(buffer.bytes[block.start - start : block.stop - start]) != wanted:
+                    message = "the data does not match its digest: it was changed after it was saved"
+                    yield _Damage(block.start, block.stop, "ChecksumMismatch", message)
+
+
+class _Damage(NamedTuple):
+    """Bytes of a data region that are not what was saved, or cannot be read."""
+
+    start: int
+    stop: int
+    kind: str
+    message: str
+
+
+def _join_neighbours(damages: Iterable[_Damage]) -> list[_Damage]:
+    joined: list[_Damage] = []
+    for damage in damages:
+        last = joined[-1] if joined else None
+        if last is not None and (last.stop, last.kind, last.message) == (damage.start, damage.kind, damage.message):
+            joined[-1] = damage._replace(start=last.start)
+        else:
+            joined.append(damage)
+    return joined
+
+
+def _differing_range(a: bytes | bytearray, b: bytes | bytearray) -> Extent:
+    """From the first to the last byte in which two equally long strings differ."""
+    differing = [at for at, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    return differing[0], differing[-1] + 1
