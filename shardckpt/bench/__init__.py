@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks: the engine, torch.distributed.checkpoint (DCP) and the raw disk, side by side on one state.
+
+`measure_save`, `measure_load` and `measure_reshard` start rank processes of their own (gloo, on CPU), give them a GPT-shaped
+FSDP2 model with Adam's state, and let the contestants take turns, so that a change of the machine's mood meets all of them.
+it does the work of rank 0 of a job of any size in one process.
+"""
+
+from __future__ import annotations
+
+from .launch import BenchmarkFailed, Progress
+from .measure import measure_load, measure_reshard, measure_save
+from .report import Report
+from .shapes import parse_size
+
+__all__ = [
+    "BenchmarkFailed",
+    "LoadSpec",
+    "Progress",
+    "Report",
+    "ReshardSpec",
+    "SaveSpec",
+    "measure_load",
+    "measure_reshard",
+    "measure_save",
+    "parse_size",
+]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page cache and the file system under a benchmark."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_DROP_CACHES = "/proc/sys/vm/drop_caches"
+_READ_BYTES = 4 << 20
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+ALIGNMENT = 4096
+"""Bytes; offsets, lengths and addresses of direct input and output are multiples of it."""
+
+
+def files_under(folder: str) -> list[str]:
+    """Paths of all files under ``folder``, sorted."""
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def empty(folder: str) -> None:
+    """Remove everything in ``folder``, and wait until the file system has done so: some free blocks later, at a cost."""
+    for path in Path(folder).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    os.sync()
+
+
+def drop_from_cache(folder: str) -> None:
+    """Make the next read of the files under ``folder`` go to the disk."""
+    for path in files_under(folder):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    if can_drop_all():
+        Path(_DROP_CACHES).write_text("1")
+
+
+def can_drop_all() -> bool:
+    """Whether this process may empty the whole page cache."""
+    return os.access(_DROP_CACHES, os.W_OK)
+
+
+def read_into_cache(folder: str) -> None:
+    """Make the next read of the files under ``folder`` find them in the page cache."""
+    buffer = memoryview(mmap.mmap(-1, _READ_BYTES))
+    for path in files_under(folder):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def takes_direct(folder: str) -> bool:
+    """Whether the file system of ``folder`` takes O_DIRECT."""
+    if not O_DIRECT:
+        return False
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
+            fd = os.open(os.path.join(scratch, "probe"), os.O_WRONLY | os.O_CREAT | O_DIRECT, 0o600)
+            try:
+                os.pwrite(fd, mmap.mmap(-1, ALIGNMENT), 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return False
+            raise
+    return True
+
+
+def file_system_of(folder: str) -> tuple[str, str]:
+    """(type, device) of the file system that ``folder`` is on; empty where the system does not say."""
+    best = ("", "", "")
+    for mount, device, kind in _mounts():
+        inside = os.path.commonpath([mount, os.path.realpath(folder)]) == mount
+        if inside and len(mount) >= len(best[0]):
+            best = (mount, device, kind)
+    return best[2], best[1]
+
+
+def _mounts() -> Iterator[tuple[str, str, str]]:
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        device, mount, kind = line.split()[:3]
+        yield mount.encode().decode("unicode_escape"), device, kind
+
+
+def bytes_read_by_process() -> int:
+    """Bytes that this process has asked the system to read, from whatever; 0 where the system does not count."""
+    try:
+        text = Path("/proc/self/io").read_text()
+    except OSError:
+        return 0
+    return int(text.split("rchar:")[1].split()[0])

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the benchmarks that move data: starts the ranks, keeps the scratch folder, and draws up the report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .contest import Job, load_rounds, save_once, save_rounds
+from .launch import OnProgress, Progress, run_ranks
+from .machine import describe_machine
+from .report import Case, Line, Report, describe_workload, summarize
+from .spec import Cache, LoadSpec, ReshardSpec, SaveSpec
+
+
+def ignore_progress(progress: Progress) -> None:
+    """Show nothing."""
+
+
+def measure_save(spec: SaveSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
+    """Time durable saves. Files go under ``folder``, and are removed. Raises `BenchmarkFailed`."""
+    with _scratch(folder) as scratch:
+        job = Job(folder=scratch, nbytes=spec.nbytes, rounds=spec.rounds)
+        outcome = run_ranks(spec.ranks, save_rounds, job, on_progress)[0]
+        case = Case(from_ranks=spec.ranks, to_ranks=spec.ranks)
+        lines = summarize(case, outcome)
+        return Report("save", describe_machine(scratch), describe_workload(spec, outcome), lines, outcome.ways)
+
+
+def measure_load(spec: LoadSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
+    """Time loads onto the layout that was saved, by new processes. Raises `BenchmarkFailed`."""
+    return _measure_loads("load", spec, [(spec.ranks, 0)], spec.caches, folder, on_progress)
+
+
+def measure_reshard(spec: ReshardSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
+    """Time loads onto other layouts, and count what they read. Raises `BenchmarkFailed`."""
+    targets = [(ranks, dim) for dim in spec.dims for ranks in spec.to_ranks]
+    return _measure_loads("reshard", spec, targets, spec.caches, folder, on_progress)
+
+
+def _measure_loads(
+    benchmark: str,
+    spec: SaveSpec,
+    targets: Sequence[tuple[int, int]],
+    caches: Sequence[Cache],
+    folder: str,
+    on_progress: OnProgress,
+) -> Report:
+    with _scratch(folder) as scratch:
+        saving = Job(folder=scratch, nbytes=spec.nbytes)
+        saved = run_ranks(spec.ranks, save_once, saving, on_progress)[0]
+        lines: list[Line] = []
+        ways: dict[str, str] = {}
+        for ranks, dim in targets:
+            job = Job(folder=scratch, nbytes=spec.nbytes, rounds=spec.rounds, caches=tuple(caches), dim=dim)
+            outcome = run_ranks(ranks, load_rounds, job, on_progress)[0]
+            lines += summarize(Case(from_ranks=spec.ranks, to_ranks=ranks, dim=dim), outcome)
+            ways |= {f"{what}_{ranks}_ranks": way for what, way in outcome.ways.items()}
+        return Report(benchmark, describe_machine(scratch), describe_workload(spec, saved), lines, ways)
+
+
+@contextmanager
+def _scratch(folder: str) -> Iterator[str]:
+    """A new folder in ``folder``, which is gone afterwards whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield scratch
