@@ -13,6 +13,7 @@ from tests.style.source import ROOT, Module, modules, text_files
 
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 MODULE_LINES = 400
+TEST_MODULE_LINES = 600
 FUNCTION_LINES = 50
 # put together here, so that this file does not hold them
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
@@ -43,7 +44,8 @@ def test_nothing_is_left_unfinished(path: Path) -> None:
 
 @pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
 def test_modules_are_short(module: Module) -> None:
-    assert len(module.path.read_text().splitlines()) <= MODULE_LINES
+    limit = TEST_MODULE_LINES if module.name.startswith("tests.") else MODULE_LINES
+    assert len(module.path.read_text().splitlines()) <= limit
 
 
 @pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
@@ -55,7 +57,7 @@ def test_functions_are_short(module: Module) -> None:
 
 @pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
 def test_modules_say_what_they_are_for(module: Module) -> None:
-    assert ast.get_docstring(module.tree)
+    assert ast.get_docstring(module.tree) or not module.tree.body
 
 
 def _lines_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
