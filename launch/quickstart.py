@@ -159,7 +159,7 @@ def content_of(checkpoint: Path) -> Content:
     if done.returncode != 0:
         fail(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr}")
     answer = json.loads(done.stdout)
-    return Content(tensors={t["name"]: t["digest"] for t in answer["tensors"]}, digest=answer["digest"])
+    return Content(tensors=answer["tensors"], digest=answer["digest"])
 
 
 def train_all(args: argparse.Namespace, work: Path) -> tuple[Leg, list[Leg]]:
