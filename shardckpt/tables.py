@@ -31,6 +31,8 @@ from .manifest import LayoutRecord, MeshRecord, TensorRecord, encode_canonical
 from .records import LayoutDecoder, LayoutEncoder, check_cover
 
 L = TypeVar("L")
+Spread = MeshLayout | FlatLayout | BoxLayout
+"""What all ranks together say of a tensor that they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,8 @@ class _Merger:
     def __init__(self, per_rank_shapes: Sequence[dict[str, Ints]]) -> None:
         self._per_rank_shapes = per_rank_shapes
         self._listing: dict[tuple[int, ...], Mesh] = {}
-        self._complete: set[tuple[Mesh, Mesh]] = set()
-        self._known: dict[GlobalLayout, GlobalLayout] = {}
+        self._complete: set[tuple[Mesh | FlatLayout | BoxLayout, Mesh]] = set()
+        self._known: dict[Spread, Spread] = {}
 
     def merge(self, name: str, entries: list[tuple[_Group, TensorRecord]]) -> GlobalTensor:
         first = entries[0][1]
@@ -157,8 +159,8 @@ class _Merger:
         layouts = [group.decoder.decode(name, record) for group, record in entries]
         if isinstance(layouts[0], PerRankShapes):
             shapes = tuple(shapes.get(name) for shapes in self._per_rank_shapes)
-            layout: GlobalLayout = PerRankShapes(shapes[:1] if len(set(shapes)) == 1 else shapes)
-            return GlobalTensor(name, first.dtype, layout, is_value=first.value)
+            per_rank = PerRankShapes(shapes[:1] if len(set(shapes)) == 1 else shapes)
+            return GlobalTensor(name, first.dtype, per_rank, is_value=first.value)
         listing = self._ranks_listing([group for group, _ in entries])
         try:
             layout = _unite(layouts, listing)
@@ -166,10 +168,11 @@ class _Merger:
         except (_CannotUnite, InvalidManifest) as problem:
             ranks = _some(listing.ranks)
             raise TableMismatch(f"tensor {name!r} as ranks {ranks} describe it: {problem}", name=name) from None
-        if isinstance(layout, MeshLayout) and (layout.mesh, listing) not in self._complete:
+        holders = layout.mesh if isinstance(layout, MeshLayout) else layout
+        if (holders, listing) not in self._complete:
             if layout.ranks != frozenset(listing.ranks):
                 _refuse_ranks(name, layout.ranks, frozenset(listing.ranks))
-            self._complete.add((layout.mesh, listing))
+            self._complete.add((holders, listing))
         # equal layouts become one object, so that what is worked out for one is worked out once
         return GlobalTensor(name, first.dtype, self._known.setdefault(layout, layout))
 
@@ -197,7 +200,7 @@ class _CannotUnite(Exception):
     pass
 
 
-def _unite(layouts: Sequence[GlobalLayout | Layout], listing: Mesh) -> GlobalLayout:
+def _unite(layouts: Sequence[GlobalLayout | Layout], listing: Mesh) -> Spread:
     replicated = _all(layouts, Replicated)
     if replicated:
         return MeshLayout(replicated[0].shape, listing, (Replicate(),))
@@ -236,10 +239,10 @@ def _stack(layouts: list[MeshLayout]) -> MeshLayout:
 
 def _refuse_ranks(name: str, mesh: frozenset[int], listing: frozenset[int]) -> None:
     absent, extra = sorted(mesh - listing), sorted(listing - mesh)
-    problem = f"ranks {_some(absent)} of its mesh did not list it" if absent else f"ranks {_some(extra)} are not in it"
+    problem = f"ranks {_some(absent)} did not list it" if absent else f"ranks {_some(extra)} list it too"
     raise TableMismatch(
         f"tensor {name!r} is sharded over ranks {_some(sorted(mesh))}, but {problem}. "
-        "Every rank of a mesh has to pass the same state",
+        "Just the ranks that hold a part of it have to pass it",
         name=name,
         ranks=absent or extra,
     )
