@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program: its commands, its version, and what becomes of errors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from shardckpt import CheckpointError, ConfigError, __version__
+
+from .diff import diff
+from .digest import digest
+from .ls import ls
+from .output import FOUND, USAGE, complain, say
+from .prune import prune
+from .show import show
+from .verify import verify
+
+LICENSE = "Apache-2.0"
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are one line on stderr and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckpointError as error:
+            complain(error.message)
+            raise typer.Exit(USAGE if isinstance(error, ConfigError) else FOUND) from None
+
+
+app = typer.Typer(
+    name="shardckpt",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 all is well; 1 a problem or a difference was found, or the command failed; 2 wrong usage.",
+)
+for command in (ls, show, verify, digest, diff, prune):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            torch = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            torch = "is not installed"
+        for line in (f"shardckpt {__version__}", f"license {LICENSE}", f"torch {torch}"):
+            say(line)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and the license."),
+    ] = False,
+) -> None:
+    """Look at, verify, compare and prune checkpoints of shardckpt."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program, with the arguments of the process unless others are given; ends with SystemExit."""
+    app(args=arguments, prog_name="shardckpt")

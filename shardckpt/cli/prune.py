@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardckpt prune``: remove old steps of a root."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardckpt.errors import CheckpointNotFound
+from shardckpt.options import Retention
+from shardckpt.root import Root
+from shardckpt.store import open_store
+
+from .arguments import AsJson, RootPlace
+from .output import count_text, print_json, progress_bar, say, size_text
+
+
+def prune(
+    root: RootPlace,
+    keep_last: Annotated[int, typer.Option("--keep-last", metavar="N", min=1, help="Keep the N newest committed steps.")],
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", metavar="K", min=1, help="Also keep the steps that are multiples of K.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove committed steps of a root but the newest ones. Steps that are being saved are left alone.
+
+    --json: {path, dry_run, kept: [step], removed: [{step, files, bytes}], bytes}
+    """
+    store = open_store(root)
+    steps = Root(store)
+    committed = steps.steps()
+    if not committed:
+        raise CheckpointNotFound(f"there is no committed step in {store.url}", url=store.url)
+    removals = steps.plan_prune(Retention(keep_last=keep_last, keep_every=keep_every))
+    nbytes = sum(removal.nbytes for removal in removals)
+    if not dry_run:
+        with progress_bar("removing", hidden=as_json) as progress:
+            done = 0
+            for removal in removals:
+                steps.prune([removal])
+                done += removal.nbytes
+                progress(done, nbytes)
+    gone = {removal.step for removal in removals}
+    kept = [step for step in committed if step not in gone]
+    if as_json:
+        removed = [{"step": r.step, "files": len(r.names), "bytes": r.nbytes} for r in removals]
+        print_json({"path": store.url, "dry_run": dry_run, "kept": kept, "removed": removed, "bytes": nbytes})
+        return
+    for removal in removals:
+        say(f"step {removal.step}: {count_text(len(removal.names), 'file')}, {size_text(removal.nbytes)}")
+    verb = "would be removed" if dry_run else "removed"
+    say(f"{count_text(len(removals), 'step')} {verb}, {size_text(nbytes)}; kept: {', '.join(map(str, kept))}")
