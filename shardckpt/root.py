@@ -84,13 +84,21 @@ class Root:
                 found=foreign,
             )
 
-    def plan_prune(self, retention: Retention, protected: Iterable[int] = ()) -> list[Removal]:
-        """What goes under ``retention``: committed steps only, never the newest, never ``protected`` ones."""
-        found = {files.step: files for files in self.scan() if files.committed}
-        expired = set(retention.expired(sorted(found))) - set(protected)
+    def plan_prune(
+        self, retention: Retention, protected: Iterable[int] = (), abandoned_before: float | None = None
+    ) -> list[Removal]:
+        """What goes under ``retention``: committed steps only, never the newest, never ``protected`` ones.
+
+        With ``abandoned_before`` (seconds since the epoch, by the clock of the storage) also steps without a manifest of which
+        no file was written since then: what a save or a prune has left behind that was killed.
+        """
+        found = {files.step: files for files in self.scan()}
+        going = set(retention.expired([step for step, files in found.items() if files.committed]))
+        if abandoned_before is not None:
+            going |= {s for s, f in found.items() if not f.committed and all(e.modified < abandoned_before for e in f.entries)}
         return [
             Removal(step, tuple(sorted((e.name for e in found[step].entries), key=_manifest_first)), found[step].nbytes)
-            for step in sorted(expired)
+            for step in sorted(going - set(protected))
         ]
 
     def prune(self, removals: Iterable[Removal]) -> None:

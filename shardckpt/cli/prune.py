@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -22,19 +23,31 @@ def prune(
     keep_every: Annotated[
         int | None, typer.Option("--keep-every", metavar="K", min=1, help="Also keep the steps that are multiples of K.")
     ] = None,
+    abandoned: Annotated[
+        float | None,
+        typer.Option(
+            "--incomplete-older-than",
+            metavar="HOURS",
+            min=0,
+            help="Also remove steps without a manifest of which no file was written for that long: saves that were killed.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove committed steps of a root but the newest ones. Steps that are being saved are left alone.
+    """Remove committed steps of a root but the newest ones.
+
+    Steps without a manifest may be saves that are running; they are left alone unless --incomplete-older-than is given.
 
     --json: {path, dry_run, kept: [step], removed: [{step, files, bytes}], bytes}
     """
     store = open_store(root)
     steps = Root(store)
-    committed = steps.steps()
-    if not committed:
-        raise CheckpointNotFound(f"there is no committed step in {store.url}", url=store.url)
-    removals = steps.plan_prune(Retention(keep_last=keep_last, keep_every=keep_every))
+    found = steps.scan()
+    if not found:
+        raise CheckpointNotFound(f"there is no step in {store.url}", url=store.url)
+    retention = Retention(keep_last=keep_last, keep_every=keep_every)
+    removals = steps.plan_prune(retention, abandoned_before=None if abandoned is None else time.time() - 3600 * abandoned)
     nbytes = sum(removal.nbytes for removal in removals)
     if not dry_run:
         with progress_bar("removing", hidden=as_json) as progress:
@@ -44,7 +57,7 @@ def prune(
                 done += removal.nbytes
                 progress(done, nbytes)
     gone = {removal.step for removal in removals}
-    kept = [step for step in committed if step not in gone]
+    kept = [files.step for files in found if files.committed and files.step not in gone]
     if as_json:
         removed = [{"step": r.step, "files": len(r.names), "bytes": r.nbytes} for r in removals]
         print_json({"path": store.url, "dry_run": dry_run, "kept": kept, "removed": removed, "bytes": nbytes})
@@ -52,4 +65,4 @@ def prune(
     for removal in removals:
         say(f"step {removal.step}: {count_text(len(removal.names), 'file')}, {size_text(removal.nbytes)}")
     verb = "would be removed" if dry_run else "removed"
-    say(f"{count_text(len(removals), 'step')} {verb}, {size_text(nbytes)}; kept: {', '.join(map(str, kept))}")
+    say(f"{count_text(len(removals), 'step')} {verb}, {size_text(nbytes)}; kept: {', '.join(map(str, kept)) or 'none'}")
