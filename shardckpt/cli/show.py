@@ -39,7 +39,7 @@ def show(
         return
     print_fields(_summary(stored))
     say()
-    columns = ("name", "dtype", "shape", "size", "placement", "mesh", "ranks", "written by")
+    columns = ("name", "dtype", "shape", "size", "placement", "mesh", "ranks", "writers")
     print_table(columns, [_row(item) for item in items], numbers=("size",))
     if values:
         say()

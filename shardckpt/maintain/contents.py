@@ -26,7 +26,7 @@ class Spread:
     """How a tensor was spread over the ranks that saved it."""
 
     placement: str
-    """Placements as torch writes them, ``flat``, ``boxes`` or ``per rank``."""
+    """Placements as torch's ``str`` writes them (``S(0), R``), ``flat``, ``boxes`` or ``per rank``."""
     mesh: Ints | None
     """Extents of the device mesh, if there is one."""
     ranks: str
@@ -125,14 +125,14 @@ def _writes(layout: MeshLayout, writers: tuple[int, int]) -> np.ndarray[tuple[in
 
 
 def placement_text(placement: Placement) -> str:
-    """A placement as torch writes it."""
+    """A placement as torch's ``str`` writes it."""
     match placement:
         case Replicate():
-            return "Replicate()"
+            return "R"
         case Shard(dim):
-            return f"Shard({dim})"
+            return f"S({dim})"
         case StridedShard(dim, factor):
-            return f"_StridedShard({dim}, sf={factor})"
+            return f"_S({dim}, {factor})"
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
