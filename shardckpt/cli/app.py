@@ -34,6 +34,21 @@ class Commands(TyperGroup):
             raise typer.Exit(USAGE if isinstance(error, ConfigError) else FOUND) from None
 
 
+class LateBench(TyperGroup):
+    """The commands of ``bench``, which are imported when they are asked for: they need torch, which takes seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._commands().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._commands().get_command(ctx, cmd_name)
+
+    def _commands(self) -> TyperGroup:
+        from .bench import app as bench
+
+        return typer.main.get_group(bench)
+
+
 app = typer.Typer(
     name="shardckpt",
     cls=Commands,
@@ -45,6 +60,12 @@ app = typer.Typer(
 )
 for command in (ls, show, verify, digest, diff, prune):
     app.command()(command)
+
+app.add_typer(
+    typer.Typer(cls=LateBench, no_args_is_help=True),
+    name="bench",
+    help="Measure speed on this machine, beside torch.distributed.checkpoint (DCP) and the raw disk.",
+)
 
 
 def _print_version(wanted: bool) -> None:
