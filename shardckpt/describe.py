@@ -29,6 +29,7 @@ from .layout import (
     Mesh,
     MeshLayout,
     PerRankLayout,
+    Piece,
     Placement,
     Replicate,
     Replicated,
@@ -203,13 +204,9 @@ def _describe_flat(leaf: Flat, path: str, rank: int) -> Placed:
             f"shape {tuple(data.shape)} for elements {leaf.start} to {stop}. Leave padding out.",
             path=path,
         )
-    return placed_flat(data, FlatLayout(shape, ((rank, leaf.start, stop),)), rank)
-
-
-def placed_flat(data: torch.Tensor, layout: FlatLayout, rank: int, *, stored: bool = True) -> Placed:
-    """One-dimensional memory with the shape that ``layout`` gives it: a range that is all of a tensor has its shape."""
-    piece = layout.piece(rank)
-    return Placed(data if piece is None else data.view(piece.shape), layout, stored)
+    layout = FlatLayout(shape, ((rank, leaf.start, stop),))
+    # a slice that is all of the tensor has its shape
+    return Placed(data.view(Piece.flat(shape, leaf.start, stop).shape), layout)
 
 
 # ---- DTensor

@@ -76,7 +76,7 @@ class Target:
         """Stored names, below the keys that the target has, which nothing on this rank wants."""
         stored = self._opening.stored
         names = (name for key in self._state for name in stored.below(child("", key)))
-        return [name for name in names if name not in self._opening.used and self._opening.select(name)]
+        return [name for name in names if self._opening.is_unexpected(name)]
 
     @property
     def kept(self) -> list[str]:

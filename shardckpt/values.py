@@ -148,7 +148,7 @@ def _encode_str(value: str) -> Any:
 
 def _encode_container(value: Value, path: str, depth: int) -> Any:
     def items(values: Any) -> list[Any]:
-        return [_encode(item, f"{path}[{at}]", depth + 1) for at, item in enumerate(values)]
+        return [_encode(item, f"{path}/{at}", depth + 1) for at, item in enumerate(values)]
 
     if type(value) is list:
         return items(value)
@@ -158,8 +158,8 @@ def _encode_container(value: Value, path: str, depth: int) -> Any:
         return {"$": "container", "kind": value.kind, "v": _container_keys(value, path, depth)}
     if isinstance(value, Mapping):
         if not isinstance(value, Counter) and all(map(_is_plain_key, value)):
-            return {key: _encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
-        pairs = [[_encode(key, path, depth + 1), _encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()]
+            return {key: _encode(item, f"{path}/{key}", depth + 1) for key, item in value.items()}
+        pairs = [[_encode(key, path, depth + 1), _encode(item, f"{path}/{key}", depth + 1)] for key, item in value.items()]
         return {"$": "counter" if isinstance(value, Counter) else "dict", "v": pairs}
     return None
 
@@ -229,7 +229,10 @@ def _decode_pairs(tag: str, pairs: list[Any], where: str, depth: int) -> Value:
         _require(_is_hashable(key), where, f"a {type(key).__name__} cannot be a key")
         _require(key not in found, where, f"key {key!r} comes twice")
         found[key] = _decode(item, where, depth + 1)
-    return Counter(found) if tag == "counter" else found
+    if tag == "counter":
+        return Counter(found)
+    _require(not all(map(_is_plain_key, found)), where, "a tagged dict whose keys are plain")
+    return found
 
 
 def _decode_container(data: dict[str, Any], where: str, depth: int) -> Container:

@@ -20,7 +20,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def expand(self, value: Any, path: str, saving: Saving) -> Any:
-        """The state of ``value`` as a tree of tensor leaves, values and containers, without copies."""
+        """The state of ``value`` as a tree of tensor leaves, values and containers, without copies; or `Nothing`."""
 
     @abstractmethod
     def open(self, value: Any, path: str, opening: Opening, *, per_rank: bool) -> Finish:

@@ -50,7 +50,15 @@ class StateAllocator:
     def _from_own_state(self, name: str, keys: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Sharded state of another shape than its parameter: only the optimizer knows how it is laid out."""
         if self._own is None:
-            self._own = zero_step_state(self._optimizer, self._group, self._param)
+            try:
+                self._own = zero_step_state(self._optimizer, self._group, self._param)
+            except Exception as error:  # whatever the step of a user's optimizer may raise
+                raise StateError(
+                    f"{name!r}: the checkpoint has optimizer state of shape {shape} for a sharded parameter of shape "
+                    f"{tuple(self._param.shape)}, and the optimizer could not show where that lies: a step on zeros failed "
+                    f"({type(error).__name__}: {error}). Take one step before loading, so that the state exists.",
+                    name=name,
+                ) from error
         found = self._own
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None

@@ -27,6 +27,10 @@ class PerRank:
     """A tensor, a value, an object with state_dict and load_state_dict, or a mapping of these."""
 
 
+class Nothing:
+    """What an adapter makes of an object that has no state."""
+
+
 def is_plain(value: object, depth: int = 0) -> bool:
     """Whether ``value`` is a value all through, so that it is stored as one."""
     if depth > DEPTH_LIMIT:
@@ -56,14 +60,14 @@ def container_of(value: Any, path: str) -> tuple[dict[str, Any], Container | Non
         return None
     if all(type(key) is str for key in value):
         return dict(value), None
-    children: dict[str, Any] = {}
-    for key, item in value.items():
+    keys: dict[str, Any] = {}
+    for key in value:
         text = key_text(key)
-        if text in children:
+        if text in keys:
             name = child(path, text)
-            raise DuplicateName(f"{name!r}: two keys of one mapping have this name: {text!r} and {key!r}", name=name)
-        children[text] = item
-    return children, Container("dict", tuple(value))
+            raise DuplicateName(f"{name!r}: two keys of one mapping have this name: {keys[text]!r} and {key!r}", name=name)
+        keys[text] = key
+    return {text: value[key] for text, key in keys.items()}, Container("dict", tuple(value))
 
 
 class Descent:

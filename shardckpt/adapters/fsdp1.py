@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..describe import Placed, Whereabouts, placed_flat
+from ..describe import Placed, Whereabouts
 from ..layout import FlatLayout, Replicated
 from .wrappers import NameCleaner, Slot, is_fsdp1
 
@@ -54,18 +54,11 @@ def parameter_slots(root: nn.Module) -> Iterator[tuple[torch.Tensor, list[Slot]]
         yield flat, slots
         for param, slot in zip(flat._params or (), slots, strict=bool(flat._params)):
             managed.add(id(param))
-            yield param, [replace(slot, offset=0)]
+            # without sharding, the parameters keep their own shapes
+            yield param, [replace(slot, offset=0) if module._handle.uses_sharded_strategy else Slot(slot.fqn)]
     for name, param in root.named_parameters():
         if id(param) not in managed:
             yield param, [Slot(cleaner.clean(name))]
-
-
-def reshard(module: nn.Module) -> None:
-    """Free gathered parameters, which would hide what is loaded into the sharded ones."""
-    for _, wrapper in _flat_modules(module):
-        handle = wrapper._handle
-        if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
-            handle.reshard(True)
 
 
 def set_extra_states(root: nn.Module, state: dict[str, Any]) -> None:
@@ -93,7 +86,7 @@ def _slots(module: Any, prefix: str, cleaner: NameCleaner) -> list[Slot]:
     stored = _is_first_replica(module)
     slots = []
     for fqn, shape, start in zip(flat._fqns, flat._shapes, _starts(flat), strict=True):
-        layout, stop = _flat_layout(handle, tuple(shape), start, size), start + shape.numel()
+        layout, stop = _layout(handle, tuple(shape), start, size), start + shape.numel()
         first, last = max(start, here * size), min(stop, (here + 1) * size)
         name = cleaner.clean(f"{prefix}.{fqn}" if prefix else fqn)
         slots.append(Slot(name, layout, max(first - here * size, 0), max(last - first, 0), stored))
@@ -122,11 +115,11 @@ def local_shard(handle: Any) -> torch.Tensor:
     return shard if handle.uses_sharded_strategy else handle.flat_param.data
 
 
-def _flat_layout(handle: Any, shape: tuple[int, ...], start: int, size: int) -> FlatLayout:
+def _layout(handle: Any, shape: tuple[int, ...], start: int, size: int) -> FlatLayout | Replicated:
     """The ranges of one parameter on all ranks that hold some of it."""
-    stop = start + torch.Size(shape).numel()
     if not handle.uses_sharded_strategy:
-        return FlatLayout(shape, ((dist.get_rank(), 0, stop - start),))
+        return Replicated(shape)
+    stop = start + torch.Size(shape).numel()
     ranges = []
     for at in range(start // size, -(-stop // size)):
         first, last = max(start, at * size), min(stop, (at + 1) * size)
@@ -135,11 +128,16 @@ def _flat_layout(handle: Any, shape: tuple[int, ...], start: int, size: int) -> 
 
 
 def _leaf(handle: Any, slot: Slot, here: Whereabouts) -> Placed:
+    return cut(local_shard(handle), slot, here.rank)
+
+
+def cut(flat: torch.Tensor, slot: Slot, rank: int) -> Placed:
+    """The part of one parameter in ``flat``, which is the local part of a flat parameter or of its optimizer state."""
     assert slot.layout is not None
-    data = local_shard(handle).narrow(0, slot.offset if slot.numel else 0, slot.numel)
-    if not handle.uses_sharded_strategy:
-        return Placed(data.view(slot.layout.shape), Replicated(slot.layout.shape))
-    return placed_flat(data, slot.layout, here.rank, stored=slot.stored)
+    piece = slot.layout.piece(rank)
+    if piece is None:
+        return Placed(flat[:0], slot.layout, slot.stored)
+    return Placed(flat.narrow(0, slot.offset, slot.numel).view(piece.shape), slot.layout, slot.stored)
 
 
 def _unmanaged(module: nn.Module, name: str, managed: set[tuple[int, str]]) -> Iterator[tuple[str, str, Any]]:

@@ -57,7 +57,7 @@ def open_groups(
 
 
 def _sources(group: dict[str, Any], slots: Mapping[torch.Tensor, list[Slot]], path: str, opening: Opening) -> list[str]:
-    """Stored groups that the parameters of ``group`` were in."""
+    """Stored groups that the parameters of ``group`` were in, but for those that are not to be loaded."""
     sources: dict[str, None] = {}
     for param in group["params"]:
         for slot in slots[param]:
@@ -67,7 +67,8 @@ def _sources(group: dict[str, Any], slots: Mapping[torch.Tensor, list[Slot]], pa
                 sources[opening.stored.values[name]] = None
             else:
                 opening.miss(name)
-    return list(sources)
+    groups = below(path, "param_groups")
+    return [source for source in sources if any(map(opening.select, opening.stored.below(below(groups, source))))]
 
 
 def _open_group(group: dict[str, Any], path: str, opening: Opening, per_rank: bool) -> Finish:
@@ -111,7 +112,7 @@ def _check_kind(kind: str, group: dict[str, Any], source: str, path: str, openin
         raise TargetMismatch(
             f"{path!r}: the checkpoint has the state of {stored_kind}, the target is {kind}. Their hyperparameters differ "
             f"(stored only: {sorted(stored - current)}; target only: {sorted(current - stored)}). Use the same kind of "
-            "optimizer, or load without it (keys=).",
+            f"optimizer, or choose with keys= what to load without {path}/*.",
             name=path,
         )
 
@@ -130,8 +131,8 @@ def _regrouped(
     target = {str(at): [s.fqn for p in g["params"] for s in slots[p]] for at, g in enumerate(groups)}
     return TargetMismatch(
         f"{path!r}: the optimizer's param groups do not fit the stored ones: {problem}. Stored: {_sketch(stored)}; "
-        f"target: {_sketch(target)}. Group the parameters as they were, or leave the hyperparameters as they are by "
-        f"excluding {path}/param_groups/* with keys=.",
+        f"target: {_sketch(target)}. Group the parameters as they were, or choose with keys= what to load without "
+        f"{path}/param_groups/*, so that hyperparameters stay as they are in the target.",
         name=path,
     )
 

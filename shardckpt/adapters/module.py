@@ -15,7 +15,7 @@ from ..describe import Placed, Whereabouts
 from ..errors import DuplicateName
 from . import fsdp1
 from .adapter import Adapter
-from .base import Finish, below
+from .base import Finish, Nothing, below
 from .opening import Opening
 from .saving import Saving
 from .wrappers import NameCleaner, is_fsdp1, unwrap
@@ -35,7 +35,7 @@ class ModuleAdapter(Adapter):
         for name, _, leaf in entries(value, path, saving.here):
             if owners.get(id(leaf), saving.here.rank) == saving.here.rank:
                 tree[name] = leaf
-        return tree or None
+        return tree or Nothing
 
     def open(self, value: nn.Module, path: str, opening: Opening, *, per_rank: bool) -> Finish:
         live = _live_storages(value)
@@ -50,7 +50,6 @@ class ModuleAdapter(Adapter):
                     opening.miss(at)
             elif opening.tensor(at, leaf, per_rank=per_rank) and not _is_live(leaf, live):
                 handed[raw] = _constant(leaf)
-        fsdp1.reshard(value)
 
         def put_back() -> nn.Module:
             if handed:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DuplicateName, StateError
 from .base import PerRank
 from .fsdp1 import parameter_slots
-from .wrappers import NameCleaner, Slot, is_fsdp1, strip_wrappers, unwrap
+from .wrappers import NameCleaner, Slot, is_fsdp1, reshard, strip_wrappers, unwrap
 
 
 def find(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
@@ -87,6 +87,7 @@ class ParameterNames:
 
 def _module_slots(module: nn.Module) -> Iterator[tuple[torch.Tensor, list[Slot]]]:
     root = unwrap(module)
+    reshard(root)
     if any(map(is_fsdp1, root.modules())):
         yield from parameter_slots(root)
         return

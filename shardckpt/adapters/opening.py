@@ -67,6 +67,15 @@ class Opening:
         """Whether the checkpoint has no rank of this number."""
         return self.here.rank >= self.stored.world_size
 
+    def is_unexpected(self, name: str) -> bool:
+        """Whether a stored name is to be loaded, is there for this rank, and nothing has wanted it."""
+        if name in self.used or not self.select(name):
+            return False
+        found = self.stored.tensors.get(name)
+        if found is None or not found.per_rank:
+            return True
+        return not self.beyond and found.shape(self.here.rank) is not None
+
     def miss(self, name: str, leaf: object = None) -> None:
         """Note that ``name`` is wanted but not stored."""
         if self.select(name):

@@ -26,12 +26,13 @@ import torch
 import xxhash
 from torch.optim import Optimizer
 
-from ..describe import Placed, placed_flat
+from ..describe import Placed
 from ..errors import StateError
 from ..values import encode_value
 from .adapter import Adapter
 from .allocate import StateAllocator
 from .base import Finish, below, is_plain
+from .fsdp1 import cut
 from .groups import open_groups
 from .opening import Opening
 from .saving import Saving
@@ -152,14 +153,13 @@ def cut_flat(entry: torch.Tensor, slot: Slot, param: torch.Tensor, path: str, ra
     """The part of a flat state tensor that belongs to one parameter of an FSDP1 flat parameter."""
     if entry.dim() == 0:
         return entry
-    if entry.numel() != param.numel() or entry.dim() != 1 or slot.layout is None:
+    if entry.shape != param.shape or entry.dim() != 1:
         raise StateError(
             f"{path!r}: optimizer state of shape {tuple(entry.shape)} for a flat FSDP parameter of shape "
             f"{tuple(param.shape)} does not belong to elements of it; use fully_shard (FSDP2) with this optimizer",
             path=path,
         )
-    data = entry.narrow(0, slot.offset if slot.numel else 0, slot.numel)
-    return placed_flat(data, slot.layout, rank, stored=slot.stored)
+    return cut(entry, slot, rank)
 
 
 class _ParameterState:

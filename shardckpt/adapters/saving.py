@@ -11,7 +11,7 @@ from ..describe import LocalTensor, Placed, Whereabouts, describe, is_tensor_lea
 from ..errors import DuplicateName
 from ..tree import child
 from ..values import Container, Value, encode_value, unsupported
-from .base import Descent, PerRank, container_of, is_value_leaf
+from .base import Descent, Nothing, PerRank, container_of, is_value_leaf
 from .names import ParameterNames
 
 
@@ -62,15 +62,12 @@ class Saving:
             self._descent.enter(value, path)
             adapter = next((adapter for adapter in self._adapters if adapter.takes(value)), None)
             if adapter is not None:
-                self.add_all(path, adapter.expand(value, path, self), per_rank=per_rank)
+                tree = adapter.expand(value, path, self)
+                if tree is not Nothing:
+                    self.add(path, tree, per_rank=per_rank)
             else:
                 self._add_container(path, value, per_rank)
             self._descent.leave(value)
-
-    def add_all(self, path: str, tree: Any, *, per_rank: bool) -> None:
-        """Collect what an adapter made; nothing when it made nothing."""
-        if tree is not None:
-            self.add(path, tree, per_rank=per_rank)
 
     def _add_container(self, path: str, value: Any, per_rank: bool) -> None:
         found = container_of(value, path)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
-from ..layout import FlatLayout
+from ..layout import FlatLayout, Replicated
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Parts of names that torch.compile, activation checkpointing and FSDP1 add."""
@@ -20,7 +22,7 @@ class Slot:
 
     fqn: str
     """Name of the parameter in its module."""
-    layout: FlatLayout | None = None
+    layout: FlatLayout | Replicated | None = None
     """For FSDP1: how the parameter is cut up over ranks; else the optimizer updates the parameter itself."""
     offset: int = 0
     """For FSDP1: first element in the optimizer's flat parameter."""
@@ -32,8 +34,7 @@ class Slot:
 
 def is_fsdp1(module: nn.Module) -> bool:
     """Whether ``module`` is a FullyShardedDataParallel wrapper."""
-    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return loaded is not None and isinstance(module, loaded.FullyShardedDataParallel)
+    return isinstance(module, FullyShardedDataParallel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -45,6 +46,18 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = inner
         else:
             return module
+
+
+def reshard(root: nn.Module) -> None:
+    """Free parameters that FSDP holds gathered at the moment, as its own state_dict does."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif is_fsdp1(module):
+            handle: Any = module._handle
+            # before the first forward pass there is no buffer for gathered parameters yet
+            if handle is not None and hasattr(handle.flat_param, "_full_param_padded") and not handle.needs_unshard():
+                _reshard(module, handle, True)
 
 
 class NameCleaner:

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.down = nn.Linear(3 * width + 1, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        return cast("torch.Tensor", x + self.down(torch.relu(self.up(self.norm(x)))))
 
 
 class Net(nn.Module):
@@ -46,13 +46,14 @@ class Net(nn.Module):
         self.head = nn.Linear(5, 7, bias=False)
         if tied:
             self.head.weight = self.embed.weight
+        self.scale: torch.Tensor
         self.register_buffer("scale", torch.tensor([0.5, 2.0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.embed(x)
         for block in self.blocks:
             h = block(h)
-        return self.head(h) * self.scale.sum()
+        return cast("torch.Tensor", self.head(h) * self.scale.sum())
 
 
 @dataclasses.dataclass
@@ -61,17 +62,19 @@ class Job:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    taken: int = 0
 
     def step(self, count: int = 1) -> None:
-        for at in range(count):
+        for _ in range(count):
+            self.taken += 1
             self.optimizer.zero_grad()
-            x = torch.arange(12).view(3, 4).add(at) % 7
+            x = torch.arange(12).view(3, 4).add(self.taken) % 7
             loss = nn.functional.cross_entropy(self.model(x).flatten(0, 1), (x.flatten() + 1) % 7)
             loss.backward()
             self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "step": 3, "rng": RNGState()}
+        return {"model": self.model, "optimizer": self.optimizer, "taken": self.taken, "rng": RNGState()}
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -87,9 +90,31 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def one_group(kind: type[torch.optim.Optimizer], model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+class RowScaled(torch.optim.Optimizer):
+    """Has state of other shapes than its parameters: a number per row, and one per parameter."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, foreach: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                rows = param.grad.abs().sum(dim=-1)
+                if isinstance(rows, DTensor):
+                    reduced = [Replicate() if placement.is_partial() else placement for placement in rows.placements]
+                    rows = rows.redistribute(placements=reduced)
+                state["rows"] = state["rows"] + rows if "rows" in state else rows
+                state.setdefault("count", torch.zeros((), device=param.device)).add_(1)
+                param.add_(param.grad, alpha=-group["lr"])
+
+
+def one_group(kind: Any, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """All trained parameters in one group."""
-    return kind((p for p in model.parameters() if p.requires_grad), lr=1e-2, foreach=False, **options)  # type: ignore[call-arg]
+    return kind((p for p in model.parameters() if p.requires_grad), lr=1e-2, foreach=False, **options)
 
 
 def seeded_net(seed: int, tied: bool = True) -> Net:
@@ -98,13 +123,13 @@ def seeded_net(seed: int, tied: bool = True) -> Net:
     return Net(tied=tied)
 
 
-def _tensor_parallel(model: nn.Module, mesh: Any) -> None:
-    for block in model.blocks:  # type: ignore[union-attr]
+def _tensor_parallel(model: Net, mesh: Any) -> None:
+    for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-def _fully_shard(model: nn.Module, mesh: Any) -> nn.Module:
-    for block in model.blocks:  # type: ignore[union-attr]
+def _fully_shard(model: Net, mesh: Any) -> nn.Module:
+    for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -113,23 +138,24 @@ def _fully_shard(model: nn.Module, mesh: Any) -> nn.Module:
 def make(kind: str, seed: int, optimizer: MakeOptimizer = adamw) -> Job:
     """The job under one kind of parallelism over all ranks."""
     size = dist.get_world_size()
-    model: nn.Module = seeded_net(seed)
+    net = seeded_net(seed)
+    model: nn.Module = net
     if kind == "plain":
         pass
     elif kind in ("ddp", "zero"):
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(net)
     elif kind == "fsdp2":
-        _fully_shard(model, init_device_mesh("cpu", (size,)))
+        _fully_shard(net, init_device_mesh("cpu", (size,)))
     elif kind == "hsdp":
-        _fully_shard(model, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
+        _fully_shard(net, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
     elif kind == "tp":
-        _tensor_parallel(model, init_device_mesh("cpu", (size,)))
+        _tensor_parallel(net, init_device_mesh("cpu", (size,)))
     elif kind == "fsdp2+tp":
         mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
-        _tensor_parallel(model, mesh["tp"])
-        _fully_shard(model, mesh["dp"])
+        _tensor_parallel(net, mesh["tp"])
+        _fully_shard(net, mesh["dp"])
     elif kind.startswith("fsdp1"):
-        model = _fsdp1(model, kind)
+        model = _fsdp1(net, kind)
     else:
         raise ValueError(kind)
     if kind == "zero":
@@ -144,36 +170,25 @@ def _zero(model: nn.Module, optimizer: MakeOptimizer) -> torch.optim.Optimizer:
         {key: value for key, value in group.items() if key in ("params", "lr", "weight_decay")}
         for group in template.param_groups
     ]
-    return ZeroRedundancyOptimizer(groups, optimizer_class=type(template), **defaults)  # type: ignore[no-any-return]
+    return ZeroRedundancyOptimizer(groups, optimizer_class=type(template), **defaults)
 
 
-def _fsdp1(model: nn.Module, kind: str) -> nn.Module:
-    strategy = ShardingStrategy.FULL_SHARD
-    group: Any = None
-    if "hybrid" in kind:
-        strategy = ShardingStrategy.HYBRID_SHARD
-        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
-        return FullyShardedDataParallel(
-            model,
-            device_mesh=mesh,
-            sharding_strategy=strategy,
-            use_orig_params="orig" in kind,
-            device_id=torch.device("cpu"),
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
-            ignored_states=[model.frozen],  # type: ignore[list-item]
-        )
-    if "none" in kind:
-        strategy = ShardingStrategy.NO_SHARD
-    if "grad" in kind:
-        strategy = ShardingStrategy.SHARD_GRAD_OP
+def _fsdp1(model: Net, kind: str) -> nn.Module:
+    strategies = {
+        "none": ShardingStrategy.NO_SHARD,
+        "grad": ShardingStrategy.SHARD_GRAD_OP,
+        "hybrid": ShardingStrategy.HYBRID_SHARD,
+    }
+    found = [strategy for name, strategy in strategies.items() if name in kind]
+    shape = (2, dist.get_world_size() // 2)
     return FullyShardedDataParallel(
         model,
-        process_group=group,
-        sharding_strategy=strategy,
+        device_mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")) if "hybrid" in kind else None,
+        sharding_strategy=found[0] if found else ShardingStrategy.FULL_SHARD,
         use_orig_params="orig" in kind,
         device_id=torch.device("cpu"),
         auto_wrap_policy=ModuleWrapPolicy({Block}),
-        ignored_states=[model.frozen],  # type: ignore[list-item]
+        ignored_states=[model.frozen],
     )
 
 
@@ -196,14 +211,8 @@ def load_and_capture(
     """Load into another job, perhaps one that has trained already; what it captures then, and missing and unexpected names."""
     job = make(kind, 99, optimizer)
     job.step(steps_before)
-    target = load(memory, job.state())
+    state = job.state()
+    target = load(memory, state)
+    job.taken = state["taken"]
     job.step(steps_after)
     return portable(capture(job.state())), target.missing, target.unexpected
-
-
-MOMENTUM: MakeOptimizer = functools.partial(one_group, torch.optim.SGD, momentum=0.9)
-
-
-def select(memory: Memory, *keys: str) -> Mapping[str, torch.Tensor]:
-    """The whole tensors below the given keys."""
-    return {name: tensor for name, tensor in memory.whole.items() if name.split("/")[0] in keys}

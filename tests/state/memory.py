@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from shardckpt.adapters.dtypes import dtype_name, dtype_named
-from shardckpt.layout import MeshLayout, PerRankLayout, PerRankShapes, Piece, Replicated
-from shardckpt.layout.mesh import Mesh, Replicate
-from shardckpt.state import Captured, StoredIndex, StoredTensor, Target, Whereabouts, capture, open_target
+from shardckpt.adapters.dtypes import as_bits, dtype_name
+from shardckpt.layout import PerRankLayout, Piece
+from shardckpt.state import Captured, LocalTensor, StoredIndex, StoredTensor, Target, Whereabouts, capture, open_target
+from shardckpt.tables import Described, GlobalTensor, encode_table, merge_tables, per_rank_shapes
 from shardckpt.values import decode_value, encode_value
 
 
@@ -43,6 +43,11 @@ class Memory:
         own = self.own_values[rank] if rank < self.world_size else {}
         return StoredIndex(self.world_size, self.tensors, self.aliases, self.values, own, self.containers)
 
+    def named(self) -> dict[str, bytes]:
+        """The bits of all whole tensors, tied ones under each of their names."""
+        whole = {name: bits(tensor) for name, tensor in self.whole.items()}
+        return whole | {name: whole[canonical] for name, canonical in self.aliases.items()}
+
     def fill(self, target: Target, rank: int = 0) -> None:
         """Fill what ``target`` wants."""
         for wanted in target.wanted:
@@ -55,8 +60,7 @@ class Memory:
                 source = take(self.whole[wanted.name], piece)
             assert source.dtype == wanted.data.dtype, (wanted.name, source.dtype, wanted.data.dtype)
             assert source.shape == wanted.data.shape, wanted.name
-            with torch.no_grad():
-                wanted.data.copy_(source)
+            _copy(wanted.data, source)
 
 
 def take(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -64,21 +68,33 @@ def take(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     local = torch.empty(piece.numel, dtype=whole.dtype)
     for part in piece.fragments:
         box = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))]
-        local.as_strided(part.sizes, piece.grid_strides, part.position).copy_(box)
+        _copy(local.as_strided(part.sizes, piece.grid_strides, part.position), box)
     return local.view(piece.shape)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bits: torch does not copy all dtypes."""
+    with torch.no_grad():
+        as_bits(target).copy_(as_bits(source))
 
 
 def put(whole: torch.Tensor, piece: Piece, local: torch.Tensor) -> None:
     """The inverse of `take`."""
-    flat = local.detach().cpu().contiguous().view(-1)
+    flat = local.detach().cpu()
+    flat = as_bits(flat).contiguous().view(local.dtype).view(-1)
     for part in piece.fragments:
         box = whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))]
-        box.copy_(flat.as_strided(part.sizes, piece.grid_strides, part.position))
+        _copy(box, flat.as_strided(part.sizes, piece.grid_strides, part.position))
 
 
 def gather(captured: Sequence[Captured]) -> Memory:
     """Put together what the ranks captured; fails when replicas or values differ, or elements are held by no rank."""
     memory = Memory(len(captured))
+    for tensor in _merge(captured):
+        if tensor.alias_of is not None:
+            memory.aliases[tensor.name] = tensor.alias_of
+        elif tensor.layout is not None:
+            memory.tensors[tensor.name] = StoredTensor(tensor.dtype, tensor.layout)
     covered: dict[str, torch.Tensor] = {}
     for rank, one in enumerate(captured):
         memory.own_values.append({name: through_json(value) for name, value in one.per_rank_values.items()})
@@ -86,42 +102,39 @@ def gather(captured: Sequence[Captured]) -> Memory:
             assert memory.values.setdefault(name, through_json(value)) == value or value != value, name
         for name, container in one.containers.items():
             assert memory.containers.setdefault(name, through_json(container)) == container
-        for tensor in one.tensors:
-            if tensor.alias_of is not None:
-                assert memory.aliases.setdefault(tensor.name, tensor.alias_of) == tensor.alias_of
-                continue
-            dtype = dtype_name(tensor.data.dtype)
-            if isinstance(tensor.layout, PerRankLayout):
-                memory.own[tensor.name, rank] = tensor.data.detach().clone()
-                continue
-            layout = tensor.layout
-            if isinstance(layout, Replicated):
-                layout = MeshLayout(layout.shape, Mesh((0,), (1,)), (Replicate(),))
-            memory.tensors.setdefault(tensor.name, StoredTensor(dtype, layout))
-            whole = memory.whole.setdefault(tensor.name, torch.zeros(layout.shape, dtype=tensor.data.dtype))
-            mask = covered.setdefault(tensor.name, torch.zeros(layout.shape, dtype=torch.bool))
-            piece = tensor.layout.piece(rank)
-            assert piece is not None
-            held = take(mask, piece)
-            same = take(whole, piece)[held].view(-1), tensor.data.detach().cpu()[held].view(-1)
-            assert bits(same[0]) == bits(same[1]), f"{tensor.name} differs between replicas"
-            put(whole, piece, tensor.data)
-            put(mask, piece, torch.ones(piece.shape, dtype=torch.bool))
+        for local in one.tensors:
+            if isinstance(local.layout, PerRankLayout):
+                memory.own[local.name, rank] = local.data.detach().clone()
+            elif local.alias_of is None:
+                _place(memory.whole, covered, local, rank)
     for name, mask in covered.items():
         assert bool(mask.all()), f"{name} is not covered"
-    for name, _ in memory.own:
-        shapes = tuple(
-            tuple(memory.own[name, rank].shape) if (name, rank) in memory.own else None for rank in range(memory.world_size)
-        )
-        kind = next(tensor.dtype for (other, _), tensor in memory.own.items() if other == name)
-        memory.tensors[name] = StoredTensor(dtype_name(kind), PerRankShapes(shapes))
-    assert all(dtype_named(tensor.dtype) is not None for tensor in memory.tensors.values())
     return memory
+
+
+def _merge(captured: Sequence[Captured]) -> list[GlobalTensor]:
+    """What the planner makes of the layouts."""
+    described = [[Described(t.name, dtype_name(t.data.dtype), t.layout, t.alias_of) for t in one.tensors] for one in captured]
+    tables = [encode_table((), one) for one in described]
+    return merge_tables(tables, range(len(tables)), [per_rank_shapes(one) for one in described])
+
+
+def _place(whole: dict[str, torch.Tensor], covered: dict[str, torch.Tensor], local: LocalTensor, rank: int) -> None:
+    shape = local.layout.shape
+    full = whole.setdefault(local.name, torch.empty(shape, dtype=local.data.dtype))
+    mask = covered.setdefault(local.name, torch.zeros(shape, dtype=torch.bool))
+    piece = local.layout.piece(rank)
+    assert piece is not None
+    held = take(mask, piece)
+    here = as_bits(take(full, piece)), as_bits(local.data.detach().cpu())
+    assert bits(here[0][held]) == bits(here[1][held]), f"{local.name} differs between replicas"
+    put(full, piece, local.data)
+    put(mask, piece, torch.ones(piece.shape, dtype=torch.bool))
 
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor."""
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return bytes(as_bits(tensor.detach().cpu()).contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def save(state: Mapping[str, Any], here: Whereabouts | None = None) -> Memory:
