@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import logging
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,7 @@ from ..errors import CheckpointError
 T = TypeVar("T")
 R = TypeVar("R")
 
+logger = logging.getLogger("shardckpt")
 _PRELOAD = [
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"),
     "shardckpt.bench.contest",
@@ -67,8 +69,8 @@ class _Seat:
 def run_ranks(world_size: int, work: Callable[[OnProgress, T], R], argument: T, on_progress: OnProgress) -> list[R]:
     """Call ``work(report, argument)`` on ranks 0 to ``world_size - 1`` of a new process group; returns the results by rank.
 
-    ``work`` is a module-level function. What rank 0 reports goes to ``on_progress``. Raises `BenchmarkFailed` with the
-    traceback of the first rank that failed.
+    ``work`` is a module-level function. What rank 0 reports goes to ``on_progress``. Raises `BenchmarkFailed` with
+    the error of the first rank that failed, whose traceback has been logged.
     """
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, None, True, datetime.timedelta(seconds=_RENDEZVOUS_SECONDS), wait_for_workers=False
@@ -154,6 +156,7 @@ def _serve(connection: Connection, seat: _Seat, work: Callable[[OnProgress, Any]
         dist.init_process_group("gloo", rank=seat.rank, world_size=seat.world_size)
         outcome = ("done", work(report, argument))
         dist.destroy_process_group()
-    except BaseException:
-        outcome = ("failed", traceback.format_exc())
+    except BaseException as error:
+        logger.error("rank %d failed:\n%s", seat.rank, traceback.format_exc())
+        outcome = ("failed", f"{type(error).__name__}: {error}")
     connection.send(outcome)

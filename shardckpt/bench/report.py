@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-import msgspec
-
 from .contest import Outcome, Sample
 from .contestants import PEER, RAW
 from .machine import Machine
@@ -98,10 +96,6 @@ class Report:
     """Contestants by case, in the order of their turns."""
     raw_ways: dict[str, str] = field(default_factory=dict)
     """How the raw bytes were moved: the fastest way of those that were tried on this machine."""
-
-    def to_json(self) -> bytes:
-        """The report as a JSON object."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
 
 def describe_workload(spec: SaveSpec, outcome: Outcome) -> WorkloadFacts:

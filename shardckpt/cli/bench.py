@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardckpt bench``: the engine beside torch.distributed.checkpoint and the raw disk, on this machine."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from shardckpt.errors import ConfigError
+
+from .output import count_text, print_json, print_table, say, size_text
+
+if TYPE_CHECKING:
+    # torch, which these import, takes seconds: only commands that measure pay for it
+    from shardckpt.bench import PlanReport, Report
+    from shardckpt.bench import Progress as Step
+    from shardckpt.bench.report import Line
+    from shardckpt.bench.spec import Cache
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure speed on this machine, beside torch.distributed.checkpoint (DCP) and the raw disk.",
+)
+
+Size = Annotated[str, typer.Option(help="Size of the state of all ranks together, such as 2.9GB.")]
+Ranks = Annotated[int, typer.Option(help="Processes that save.", min=1)]
+Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.", min=1)]
+Folder = Annotated[str, typer.Option("--dir", help="Where files go for a while: a disk with room for three states, no tmpfs.")]
+Caches = Annotated[str, typer.Option("--cache", help="State of the page cache when a load begins: warm, cold or warm,cold.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def save(size: Size = "2.9GB", ranks: Ranks = 2, rounds: Rounds = 5, directory: Folder = ".", as_json: AsJson = False) -> None:
+    """Durable saves of a GPT's FSDP2 and Adam state; each is loaded again and checked."""
+    from shardckpt.bench import SaveSpec, measure_save, parse_size
+
+    spec = SaveSpec(nbytes=parse_size(size), ranks=ranks, rounds=rounds)
+    with _progress_shown() as show:
+        report = measure_save(spec, directory, show)
+    _print(report, as_json)
+
+
+@app.command()
+def load(
+    size: Size = "2.9GB",
+    ranks: Ranks = 2,
+    rounds: Rounds = 5,
+    cache: Caches = "warm,cold",
+    directory: Folder = ".",
+    as_json: AsJson = False,
+) -> None:
+    """Loads by new processes onto the layout that was saved; each is checked."""
+    from shardckpt.bench import LoadSpec, measure_load, parse_size
+
+    spec = LoadSpec(nbytes=parse_size(size), ranks=ranks, rounds=rounds, caches=_caches(cache))
+    with _progress_shown() as show:
+        report = measure_load(spec, directory, show)
+    _print(report, as_json)
+
+
+@app.command()
+def reshard(
+    size: Size = "2.9GB",
+    from_ranks: Ranks = 2,
+    to_ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of processes that load.")] = "4,8",
+    dim: Annotated[str, typer.Option(metavar="N,N", help="Dimensions that targets are sharded on: 0, 1 or 0,1.")] = "0",
+    rounds: Rounds = 3,
+    cache: Caches = "cold",
+    directory: Folder = ".",
+    as_json: AsJson = False,
+) -> None:
+    """Loads onto other world sizes and dimensions, and how much is read for them; each is checked."""
+    from shardckpt.bench import ReshardSpec, measure_reshard, parse_size
+
+    spec = ReshardSpec(
+        nbytes=parse_size(size),
+        ranks=from_ranks,
+        to_ranks=_integers("--to-ranks", to_ranks),
+        dims=_integers("--dim", dim),
+        rounds=rounds,
+        caches=_caches(cache),
+    )
+    with _progress_shown() as show:
+        report = measure_reshard(spec, directory, show)
+    _print(report, as_json)
+
+
+@app.command()
+def plan(
+    ranks: Annotated[int, typer.Option(help="World size of the job that is simulated.", min=1)] = 1024,
+    model: Annotated[str, typer.Option(help="llama-8b, llama-70b or llama-405b.")] = "llama-70b",
+    rounds: Annotated[int, typer.Option(help="Times that all of it is done.", min=1)] = 3,
+    peer: Annotated[bool, typer.Option("--peer", help="Try DCP's planner too; takes minutes for many ranks.")] = False,
+    peer_ranks: Annotated[int, typer.Option(help="World size for DCP's planner.", min=1)] = 16,
+    directory: Folder = ".",
+    as_json: AsJson = False,
+) -> None:
+    """Planning a save, the manifest, and planning a load, for any number of ranks, simulated in one process."""
+    from shardckpt.bench import PlanSpec, measure_planning
+
+    spec = PlanSpec(ranks=ranks, model=model, rounds=rounds, peer_ranks=peer_ranks if peer else 0)
+    with _progress_shown() as show:
+        report = measure_planning(spec, directory, show)
+    if as_json:
+        print_json(report)
+    else:
+        _print_planning(report)
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a list of integers such as 4,8") from None
+
+
+def _caches(text: str) -> tuple[Cache, ...]:
+    from shardckpt.bench.spec import CACHES
+
+    named = [part.strip() for part in text.split(",")]
+    unknown = [name for name in named if name not in CACHES]
+    if unknown:
+        raise ConfigError(f"--cache {unknown[0]!r} is not one of {', '.join(CACHES)}")
+    return tuple(cache for cache in CACHES if cache in named)
+
+
+@contextmanager
+def _progress_shown() -> Iterator[Callable[[Step], None]]:
+    """Shows on stderr how far the benchmark has come. A run that is terminated still removes its files."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+            task = bar.add_task("starting", total=None)
+            yield lambda step: bar.update(task, completed=step.done, total=step.total, description=step.doing)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- results
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    facts = report.workload
+    say(
+        f"bench {report.benchmark}: {size_text(facts.bytes)} saved by {count_text(facts.ranks, 'rank')}: "
+        f"{facts.parameters / 1e6:.1f} M parameters and Adam's moments in {facts.tensors} tensors; "
+        f"{count_text(facts.rounds, 'round')}"
+    )
+    numbers = ("median s", "min", "max", "GB/s", "x DCP", "of raw", "read")
+    print_table(("ranks", "dim", "cache", "who", *numbers), [_cells(line) for line in report.results], numbers=numbers)
+    for what, way in report.raw_ways.items():
+        say(f"raw {what.replace('_', ' ')}: {way} (the fastest of those that were tried)")
+    say(str(report.machine))
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    case = line.case
+    same = case.from_ranks == case.to_ranks
+    return (
+        str(case.to_ranks) if same else f"{case.from_ranks} to {case.to_ranks}",
+        str(case.dim),
+        line.cache,
+        line.contestant,
+        f"{line.median_s:.3f}",
+        f"{line.min_s:.3f}",
+        f"{line.max_s:.3f}",
+        f"{line.gb_per_s:.2f}",
+        f"{line.times_dcp:.2f}",
+        f"{line.of_raw:.2f}",
+        f"{line.read_amplification:.3f}x" if line.read_amplification is not None else "",
+    )
+
+
+def _print_planning(report: PlanReport) -> None:
+    say(
+        f"bench plan: {report.model} ({report.parameters / 1e9:.1f} G parameters) and Adam's moments in {report.tensors} "
+        f"tensors, on {count_text(report.ranks, 'rank')}; {count_text(len(report.steps[0].seconds), 'round')}"
+    )
+    print_table(("step", "median s"), [(s.name, f"{s.median_s:.4f}") for s in report.steps], numbers=("median s",))
+    say()
+    found = {"planning_s": report.planning_s, "manifest_bytes": report.manifest_bytes, "reading_back_s": report.reading_back_s}
+    bars = {bar.name: f"{_number(bar.bar)}, {'met' if bar.met else 'MISSED'}" for bar in report.bars}
+    rows = [(name, _number(value), bars.get(name, "")) for name, value in found.items()]
+    print_table(("shardckpt", "found", "at most"), rows, numbers=("found",))
+    if report.peer is not None:
+        peer = report.peer
+        say(
+            f"DCP on {count_text(peer.ranks, 'rank')}: planning {peer.planning_s:.2f} s, {peer.metadata_bytes:,} bytes of "
+            f"metadata, reading them back {peer.reading_back_s:.2f} s; one rank plans a save in {peer.one_rank_save_s:.2f} s "
+            f"and a load in {peer.one_rank_load_s:.2f} s"
+        )
+    say(str(report.machine))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
