@@ -35,10 +35,19 @@ class Layers(nn.Module):
 PLAIN = [f"m/{name}" for name in Layers().state_dict()]
 
 
-def wrap_all(module: nn.Module) -> nn.Module:
-    module.a = torch.compile(module.a)  # type: ignore[assignment]
-    module.b[1] = checkpoint_wrapper(module.b[1])  # type: ignore[index,operator]
-    return torch.compile(module)  # type: ignore[return-value]
+def wrap_all(module: Any) -> Any:
+    module.a = torch.compile(module.a)
+    module.b[1] = checkpoint_wrapper(module.b[1])
+    return torch.compile(module)
+
+
+def compile_checkpointed(module: Any) -> Any:
+    return torch.compile(checkpoint_wrapper(module))
+
+
+def checkpoint_compiled(module: Any) -> Any:
+    compiled: Any = torch.compile(module)
+    return checkpoint_wrapper(compiled)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +56,8 @@ def wrap_all(module: nn.Module) -> nn.Module:
         lambda m: m,
         torch.compile,
         checkpoint_wrapper,
-        lambda m: torch.compile(checkpoint_wrapper(m)),
-        lambda m: checkpoint_wrapper(torch.compile(m)),
+        compile_checkpointed,
+        checkpoint_compiled,
         nn.DataParallel,
         wrap_all,
     ],
@@ -56,7 +65,7 @@ def wrap_all(module: nn.Module) -> nn.Module:
 )
 def test_names_do_not_depend_on_wrappers(wrap: Any) -> None:
     source = Layers()
-    source.b[0].running_mean.fill_(3.0)  # type: ignore[union-attr,operator]
+    source.b[0].register_buffer("running_mean", torch.full((3,), 3.0))
     target = wrap(Layers())
     assert names(wrap(Layers())) == PLAIN
     done = load(save({"m": wrap(source)}), {"m": target})
@@ -181,11 +190,12 @@ class Hooked(nn.Linear):
 
 
 def test_what_state_dict_hooks_make_is_handed_back_through_load_state_dict() -> None:
-    source, target = nn.Sequential(Hooked()), nn.Sequential(Hooked())
+    inner, other = Hooked(), Hooked()
+    source, target = nn.Sequential(inner), nn.Sequential(other)
     memory = save({"m": source})
     assert memory.whole["m/0.weight"].shape == (2, 3)
     load(memory, {"m": target})
-    assert torch.equal(target[0].weight, source[0].weight) and torch.equal(target[0].bias, source[0].bias)
+    assert torch.equal(other.weight, inner.weight) and torch.equal(other.bias, inner.bias)
 
 
 def test_parametrized_modules() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,34 +13,43 @@ import torch
 from torch import nn
 
 from shardckpt.errors import DuplicateName, StateError, TargetMismatch, UnsupportedLeaf
-from shardckpt.state import capture
+from shardckpt.state import capture, open_target
 from tests.state.memory import bits, load, save
 
-Make = Callable[[nn.Module], torch.optim.Optimizer]
+Make = Callable[[nn.Sequential], torch.optim.Optimizer]
 optim = torch.optim
 
 
-def net(seed: int) -> nn.Module:
+def net(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 2))
-    model[3].weight.requires_grad_(False)
+    weight(model, 3).requires_grad_(False)
     return model
+
+
+def weight(model: nn.Sequential, at: int) -> torch.Tensor:
+    """The weight of a linear layer."""
+    return next(model[at].parameters())
+
+
+def loss(model: nn.Module, optimizer: torch.optim.Optimizer, at: int) -> Any:
+    optimizer.zero_grad()
+    value = model(torch.linspace(-1, 1, 12).view(4, 3) + at).pow(2).sum()
+    value.backward()
+    return value
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for at in range(steps):
-
-        def loss() -> torch.Tensor:
-            optimizer.zero_grad()
-            value = model(torch.linspace(-1, 1, 12).view(4, 3) + at).pow(2).sum()  # noqa: B023
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        optimizer.step(partial(loss, model, optimizer, at))
 
 
-def two_groups(model: nn.Module) -> torch.optim.Optimizer:
-    return optim.AdamW([{"params": [model[0].weight], "lr": 0.1}, {"params": [*model[2].parameters(), model[3].weight]}])
+def two_groups(model: nn.Sequential) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": [weight(model, 0)], "lr": 0.1},
+        {"params": [*model[2].parameters(), weight(model, 3)]},
+    ]
+    return optim.AdamW(groups)
 
 
 def all_params(kind: Any, **options: Any) -> Make:
@@ -67,7 +77,7 @@ OPTIMIZERS: dict[str, Make] = {
     "lbfgs": lambda model: optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3, history_size=3),
 }
 if hasattr(optim, "Muon"):
-    OPTIMIZERS["muon"] = lambda model: optim.Muon([model[0].weight, model[2].weight])
+    OPTIMIZERS["muon"] = lambda model: optim.Muon([weight(model, 0), weight(model, 2)])
 
 
 def flat_state(optimizer: torch.optim.Optimizer) -> Any:
@@ -199,7 +209,7 @@ def test_groups_that_were_split_or_merged_are_refused() -> None:
     model = net(1)
     state = {"model": model, "optimizer": two_groups(model)}
     memory = save(state)
-    merged = optim.AdamW([model[0].weight, *model[2].parameters(), model[3].weight])
+    merged = optim.AdamW([weight(model, 0), *model[2].parameters(), weight(model, 3)])
     with pytest.raises(TargetMismatch, match=r"group 0 was several.*differ in 'lr'\. Stored: 0-.*target: 0: 0\.weight"):
         load(memory, {"model": model, "optimizer": merged})
     one = save({"model": model, "optimizer": merged})
@@ -248,24 +258,24 @@ def test_a_part_of_the_state_can_be_loaded() -> None:
     memory = save({"model": model, "optimizer": optimizer})
     target = optim.Adam(model.parameters(), lr=0.7)
     train(model, target, 1)
-    avg, square = target.state[model[0].weight]["exp_avg"], target.state[model[0].weight]["exp_avg_sq"].clone()
+    avg, square = target.state[weight(model, 0)]["exp_avg"], target.state[weight(model, 0)]["exp_avg_sq"].clone()
     load(memory, {"model": model, "optimizer": target}, select=lambda name: name.endswith("/exp_avg"))
-    entry = target.state[model[0].weight]
-    assert torch.equal(entry["exp_avg"], optimizer.state[model[0].weight]["exp_avg"]) and entry["exp_avg"] is avg
+    entry = target.state[weight(model, 0)]
+    assert torch.equal(entry["exp_avg"], optimizer.state[weight(model, 0)]["exp_avg"]) and entry["exp_avg"] is avg
     assert torch.equal(entry["exp_avg_sq"], square) and entry["step"] == 1 and target.param_groups[0]["lr"] == 0.7
 
 
 def test_where_names_come_from() -> None:
     model = net(1)
-    weight = model[0].weight
-    by_tensor = capture({"nested": {"w": weight}, "opt": optim.SGD([weight], lr=0.1)})
+    first = weight(model, 0)
+    by_tensor = capture({"nested": {"w": first}, "opt": optim.SGD([first], lr=0.1)})
     assert "opt/group_of/nested.w" in by_tensor.values
     named = optim.SGD(torch.compile(model).named_parameters(), lr=0.1)  # type: ignore[attr-defined]
     assert "opt/group_of/2.bias" in capture({"opt": named}).values
     part = {"part": model[2], "model": model, "opt": optim.SGD(model.parameters(), lr=0.1)}
     assert "opt/group_of/2.bias" in capture(part).values
     with pytest.raises(StateError, match=r"'opt': parameter 1 of a group.*\(shape \(5,\)\).*next to the optimizer"):
-        capture({"model": nn.ModuleList([nn.Linear(1, 1)]), "w": weight, "opt": optim.SGD(model[0].parameters(), lr=0.1)})
+        capture({"model": nn.ModuleList([nn.Linear(1, 1)]), "w": first, "opt": optim.SGD(model[0].parameters(), lr=0.1)})
 
 
 def test_one_optimizer_for_several_modules() -> None:
@@ -283,7 +293,7 @@ def test_one_optimizer_for_several_modules() -> None:
 
 def test_parameters_with_one_name_are_refused() -> None:
     a, b = net(1), net(2)
-    params = [("same", a[0].weight), ("same", b[0].weight)]
+    params = [("same", weight(a, 0)), ("same", weight(b, 0))]
     groups = [{"params": [param], "param_names": [name]} for name, param in params]
     optimizer = optim.SGD([{"params": [param]} for _, param in params], lr=0.1)
     for group, named in zip(optimizer.param_groups, groups, strict=True):
@@ -316,8 +326,6 @@ def test_state_of_a_parameter_that_is_in_no_group_is_refused() -> None:
 
 
 def test_nothing_changes_before_finish() -> None:
-    from shardckpt.state import open_target
-
     model = net(1)
     optimizer = optim.Adam(model.parameters())
     train(model, optimizer, 1)

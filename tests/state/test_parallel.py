@@ -260,14 +260,14 @@ def test_ddp_buffers_are_those_of_its_first_rank(ranks: RankPool) -> None:
 def different_stages() -> Captured:
     rank = dist.get_rank()
     torch.manual_seed(rank)
-    layers = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2), "shared": nn.Linear(2, 2)})
+    own, shared = nn.Linear(2, 2), nn.Linear(2, 2)
+    layers = nn.ModuleDict({f"layer{rank}": own, "shared": shared})
     with torch.no_grad():
-        layers["shared"].weight.fill_(1.0)
-        layers["shared"].bias.fill_(1.0)
+        shared.weight.fill_(1.0)
+        shared.bias.fill_(1.0)
     optimizer = torch.optim.AdamW(layers.parameters())
-    layers["shared"](layers[f"layer{rank}"](torch.ones(1, 2)).detach()).sum().backward()
-    layers[f"layer{rank}"](torch.ones(1, 2)).sum().backward()
-    for param in layers["shared"].parameters():
+    own(torch.ones(1, 2)).sum().backward()
+    for param in shared.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
     return portable(capture({"model": layers, "optimizer": optimizer}))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from shardckpt.errors import StateError, TargetMismatch
-from shardckpt.state import PerRank, RNGState, Whereabouts, capture, open_target
+from shardckpt.layout import PerRankShapes
+from shardckpt.state import PerRank, RNGState, StoredTensor, Whereabouts, capture, open_target
 from tests.state.memory import Memory, gather, load, save
 
 RNG = {"rng": RNGState()}
@@ -107,9 +108,6 @@ def test_generators_of_another_size_are_refused() -> None:
     memory = save(RNG)
     for name in ("python", "cpu"):
         memory.own[f"rng/{name}", 0] = memory.own[f"rng/{name}", 0][:-1]
-    from shardckpt.layout import PerRankShapes
-    from shardckpt.state import StoredTensor
-
     for name in ("rng/python", "rng/cpu"):
         memory.tensors[name] = StoredTensor("uint8", PerRankShapes((tuple(memory.own[name, 0].shape),)))
     with pytest.raises(TargetMismatch, match="'rng': the stored random number generators are not of this Python"):
@@ -117,13 +115,14 @@ def test_generators_of_another_size_are_refused() -> None:
 
 
 def test_another_bit_generator_of_numpy_is_refused() -> None:
-    before = numpy.random.get_bit_generator()
-    numpy.random.set_bit_generator(numpy.random.PCG64(1))
+    legacy: Any = numpy.random
+    before = legacy.get_bit_generator()
+    legacy.set_bit_generator(numpy.random.PCG64(1))
     try:
         with pytest.raises(StateError, match="PCG64, not the MT19937"):
             capture(RNG)
     finally:
-        numpy.random.set_bit_generator(before)
+        legacy.set_bit_generator(before)
 
 
 def per_rank(rank: int) -> dict[str, Any]:

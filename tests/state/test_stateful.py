@@ -155,7 +155,7 @@ def test_values_are_written_back_into_mutable_mappings() -> None:
     assert state["n"] == 1
     restored = target.finish()
     assert restored is state and state["n"] == 2 and state["inner"] is inner and inner["lr"] == 0.2
-    assert state["list"][1] == "new" and state["frozen"] == {"x": 2}  # type: ignore[index]
+    assert state["list"][1] == "new" and state["frozen"] == {"x": 2}
 
 
 def test_a_state_that_cannot_be_written_to_gives_a_new_one() -> None:
@@ -174,7 +174,7 @@ def test_values_of_any_type_replace_each_other() -> None:
 
 def test_what_is_missing_and_unexpected() -> None:
     memory = save({"a": {"x": 1, "y": torch.ones(1)}, "b": 1, "c": {"z": 3}})
-    state = {"a": {"x": 0, "w": 5, "v": torch.zeros(1)}, "new": {"k": 1}}
+    state: dict[str, Any] = {"a": {"x": 0, "w": 5, "v": torch.zeros(1)}, "new": {"k": 1}}
     done = load(memory, state)
     assert done.missing == ["a/v", "a/w", "new/k"]
     assert done.unexpected == ["a/y"]
