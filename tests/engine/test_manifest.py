@@ -27,20 +27,9 @@ from shardckpt.plan import Plan, make_plan
 from shardckpt.store import LocalStore, MemoryStore
 from shardckpt.tables import GlobalTensor
 from shardckpt.validate import parse_manifest
-from shardckpt.write import Receipt
-from tests.engine.simulate import ATTEMPT, by_hand, contents, save
+from tests.engine.simulate import ATTEMPT, by_hand, contents, invented_receipts, save
 from tests.engine.strategies import plans
 from tests.engine.test_plan import llama, with_adam
-
-
-def invented_receipts(plan: Plan) -> list[Receipt]:
-    """What ranks would say of their files, without files."""
-    receipts = []
-    for rank, size in enumerate(plan.bytes_by_rank.tolist()):
-        blocks = -(-size // plan.block_size)
-        name = f"step-00000007/{rank_file_name(rank, ATTEMPT)}"
-        receipts.append(Receipt(name, 4096 + size, 4096, "0" * 16, b"12345678" * blocks, 0.1))
-    return receipts
 
 
 @settings(max_examples=200)

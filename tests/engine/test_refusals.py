@@ -17,8 +17,7 @@ from shardckpt.layout import BoxLayout, FlatLayout, Mesh, MeshLayout, PerRankSha
 from shardckpt.manifest import Manifest, encode_canonical
 from shardckpt.plan import Plan, PlannedTensor
 from shardckpt.validate import MAX_WORLD_SIZE, parse_manifest
-from tests.engine.simulate import contents
-from tests.engine.test_manifest import invented_receipts
+from tests.engine.simulate import contents, invented_receipts
 
 Document = dict[str, Any]
 Edit = Callable[[Document], object]

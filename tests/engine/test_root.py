@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roots: which steps are committed, which may go, and places that are something else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardckpt.errors import CheckpointNotFound, ConfigError, NotACheckpointRoot
+from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
+from shardckpt.options import Options, Retention
+from shardckpt.root import Root, find_checkpoint
+from shardckpt.store import MemoryStore
+
+_numbers = itertools.count()
+FILE = rank_file_name(0, "0123456789abcdef")
+
+
+def store_with(*names: str) -> MemoryStore:
+    store = MemoryStore(f"root-{next(_numbers)}")
+    for name in names:
+        store.put_if_absent(name, b"x")
+    return store
+
+
+def step_names(steps: Iterable[int], *, committed: bool = True) -> list[str]:
+    leaves = [FILE, MANIFEST_NAME] if committed else [FILE]
+    return [f"{step_directory(step)}/{leaf}" for step in steps for leaf in leaves]
+
+
+def left(store: MemoryStore) -> list[str]:
+    return [entry.name for entry in store.list()]
+
+
+def test_steps_are_those_with_a_manifest_by_number() -> None:
+    store = store_with(*step_names([100, 3, 10**17]), *step_names([50], committed=False), "notes.txt", "logs/step-1/x")
+    root = Root(store)
+    assert root.steps() == [3, 100, 10**17]
+    assert [(found.step, found.committed, found.nbytes) for found in root.scan()] == [
+        (3, True, 2),
+        (50, False, 1),
+        (100, True, 2),
+        (10**17, True, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-3/manifest.json",
+        "step-000000003/manifest.json",
+        "Step-00000003/manifest.json",
+        "step-00000003/sub/manifest.json",
+        "step-00000003",
+        "manifest.json",
+        "step-00000003/manifest.json.bak",
+        "old/step-00000003/manifest.json",
+    ],
+)
+def test_other_names_are_no_steps(name: str) -> None:
+    assert Root(store_with(name)).steps() == []
+
+
+# ---- where a checkpoint may go
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param(step_names([1]), id="a step"),
+        pytest.param(step_names([1], committed=False), id="an attempt"),
+        pytest.param([*step_names([5]), "notes.txt", "tensorboard/events"], id="a step and other things"),
+        pytest.param([".hidden", ".git/config"], id="hidden files"),
+    ],
+)
+def test_roots(names: list[str]) -> None:
+    Root(store_with(*names)).require_place("step-00000009/")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        pytest.param(["notes.txt"], "notes.txt", id="another file"),
+        pytest.param(["src/main.py", "README"], "README", id="a project"),
+        pytest.param([MANIFEST_NAME, FILE], MANIFEST_NAME, id="a checkpoint that is no root"),
+    ],
+)
+def test_places_that_are_no_roots(names: list[str], found: str) -> None:
+    with pytest.raises(NotACheckpointRoot, match=r"which is no step\. Use a new or an empty directory") as caught:
+        Root(store_with(*names)).require_place("step-00000009/")
+    assert caught.value.found == found
+
+
+@pytest.mark.parametrize("names", [[], [FILE], [MANIFEST_NAME, FILE]], ids=["nothing", "an attempt", "a checkpoint"])
+def test_places_for_one_checkpoint(names: list[str]) -> None:
+    Root(store_with(*names)).require_place("")
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], step_names([1])], ids=["another file", "a root"])
+def test_places_that_are_not_for_one_checkpoint(names: list[str]) -> None:
+    with pytest.raises(NotACheckpointRoot, match="no part of this checkpoint"):
+        Root(store_with(*names)).require_place("")
+
+
+def test_a_checkpoint_is_found_at_a_place_or_below_a_root() -> None:
+    assert find_checkpoint(store_with(MANIFEST_NAME)) == ""
+    assert find_checkpoint(store_with(*step_names([3, 20]), *step_names([30], committed=False))) == "step-00000020/"
+    for names in ([], ["notes.txt"], step_names([1], committed=False)):
+        with pytest.raises(CheckpointNotFound, match="no committed checkpoint in memory://"):
+            find_checkpoint(store_with(*names))
+
+
+# ---- what is kept
+
+
+@given(
+    st.lists(st.integers(0, 60), unique=True, min_size=1, max_size=20),
+    st.none() | st.integers(1, 8),
+    st.none() | st.integers(1, 8),
+    st.sets(st.integers(0, 60), max_size=3),
+)
+def test_retention(steps: list[int], keep_last: int | None, keep_every: int | None, protected: set[int]) -> None:
+    retention = Retention(keep_last=keep_last, keep_every=keep_every if keep_last else None)
+    store = store_with(*step_names(steps))
+    root = Root(store)
+    removals = root.plan_prune(retention, protected)
+    root.prune(removals)
+    expected = []
+    for at, step in enumerate(sorted(steps, reverse=True)):
+        recent = keep_last is None or at < keep_last
+        periodic = keep_last is not None and keep_every is not None and step % keep_every == 0
+        if recent or periodic or step in protected:
+            expected.append(step)
+    assert root.steps() == sorted(expected)
+    assert max(steps) in expected
+    assert left(store) == sorted(step_names(expected))
+    assert {removal.step for removal in removals} == set(steps) - set(expected)
+    assert root.plan_prune(retention, protected) == []
+
+
+def test_the_manifest_goes_first() -> None:
+    store = store_with(*step_names([1, 2]), f"{step_directory(1)}/{rank_file_name(1, '0123456789abcdef')}")
+    (removal,) = Root(store).plan_prune(Retention(keep_last=1))
+    assert removal.names[0] == f"{step_directory(1)}/{MANIFEST_NAME}"
+    assert removal.nbytes == 3
+
+
+def test_attempts_under_way_are_left_alone() -> None:
+    store = store_with(*step_names([1, 3]), *step_names([2, 4], committed=False))
+    root = Root(store)
+    root.prune(root.plan_prune(Retention(keep_last=1)))
+    assert left(store) == sorted([*step_names([3]), *step_names([2, 4], committed=False)])
+
+
+def test_what_a_killed_save_left_goes_when_it_is_asked_for_by_age() -> None:
+    clock = [100.0]
+    store = MemoryStore(f"root-{next(_numbers)}", lambda: clock[0])
+    for now, names in (
+        (100.0, step_names([1], committed=False)),
+        (100.0, step_names([2])),
+        (200.0, step_names([3], committed=False)),
+    ):
+        clock[0] = now
+        for name in names:
+            store.put_if_absent(name, b"x")
+    root = Root(store)
+    assert [removal.step for removal in root.plan_prune(Retention(), abandoned_before=150.0)] == [1]
+    assert [removal.step for removal in root.plan_prune(Retention(), abandoned_before=100.0)] == []
+    assert [removal.step for removal in root.plan_prune(Retention(), {1}, abandoned_before=300.0)] == [3]
+
+
+def test_an_interrupted_prune_is_finished_by_a_rerun() -> None:
+    store = store_with(*step_names([1, 2]))
+    root = Root(store)
+    (removal,) = root.plan_prune(Retention(keep_last=1))
+    store.delete(removal.names[0])
+    assert root.steps() == [2]
+    root.prune([removal])
+    assert left(store) == sorted(step_names([2]))
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_last": 0}, "keep_last=0 is not an int of at least 1"),
+        ({"keep_last": -1}, "keep_last=-1"),
+        ({"keep_last": True}, "keep_last=True"),
+        ({"keep_last": 2.0}, "keep_last=2.0"),
+        ({"keep_last": 1, "keep_every": 0}, "keep_every=0"),
+        ({"keep_every": 5}, "keep_every has no effect without keep_last"),
+    ],
+)
+def test_bad_retention_is_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Retention(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"timeout": 0}, "timeout=0 is not a number of seconds above 0; the default is 600"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"timeout": float("inf")}, "timeout=inf"),
+        ({"timeout": "60"}, "timeout='60'"),
+        ({"workers": 0}, "workers=0 is not an int from 1 to 4"),
+        ({"workers": 5}, "within 64 MiB per rank"),
+        ({"workers": 2.5}, "workers=2.5"),
+        ({"read_once": "sometimes"}, "read_once='sometimes' is not one of 'auto', 'always' and 'never'"),
+    ],
+)
+def test_bad_options_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options(**fields)  # type: ignore[arg-type]
+
+
+def test_options_cannot_be_changed() -> None:
+    options = Options()
+    with pytest.raises(AttributeError):
+        options.workers = 4  # type: ignore[misc]
+    assert options == Options(timeout=600.0, workers=3, read_once="auto")
