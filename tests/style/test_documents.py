@@ -7,9 +7,9 @@ import ast
 import re
 
 import pytest
-from shardckpt.cli import main
 
 import shardckpt
+from shardckpt.cli import main
 from tests.style.source import ROOT
 
 README = (ROOT / "README.md").read_text()
