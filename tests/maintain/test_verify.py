@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: what is whole passes, every kind of damage is found, and all of it at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardckpt
+from shardckpt.errors import CheckpointNotFound
+from shardckpt.maintain.verify import Problem, verify
+from shardckpt.manifest import HEADER_ALIGNMENT, MANIFEST_NAME, encode_canonical
+from shardckpt.stage import CHUNK
+from shardckpt.store import LocalStore, open_store
+from shardckpt.store.filesystem import FileSystem
+from shardckpt.validate import parse_manifest
+from tests.maintain.make import flip, opened, rank_file
+
+BLOCK = 64 << 10
+BLOCKS = 8
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of three tensors: ``a`` fills two blocks, ``b`` five, ``c`` a part of the last one."""
+    state = {"a": torch.zeros(2, BLOCK // 8, dtype=torch.float64), "b": torch.zeros(5, BLOCK // 4), "c": torch.ones(5).half()}
+    shardckpt.save(tmp_path, state)
+    assert opened(tmp_path).checkpoint.plan.block_size == BLOCK
+    return tmp_path
+
+
+def problems(path: Path, *, read_data: bool = False) -> list[Problem]:
+    (found,) = verify(open_store(path), read_data=read_data)
+    assert found.ok == (not found.problems)
+    return list(found.problems)
+
+
+def data_start(path: Path) -> int:
+    return opened(path).checkpoint.manifest.files[0].data
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+def test_what_was_saved_is_fine(everywhere: dict[str, Path], read_data: bool) -> None:
+    for path in everywhere.values():
+        (found,) = verify(open_store(path), read_data=read_data)
+        assert found.ok
+        plan = opened(path).checkpoint.plan
+        assert found.files == plan.world_size
+        assert found.bytes == sum(file.stat().st_size for file in path.glob("rank-*"))
+        assert found.bytes_read == (plan.total_bytes if read_data else 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "blocks", "tensors"),
+    [
+        (0, (0, 1), ("a",)),
+        (2 * BLOCK - 1, (1, 2), ("a",)),
+        (2 * BLOCK, (2, 3), ("b",)),
+        (7 * BLOCK, (7, 8), ("c",)),
+    ],
+)
+def test_a_flipped_bit_of_data(saved: Path, at: int, blocks: tuple[int, int], tensors: tuple[str, ...]) -> None:
+    data = data_start(saved)
+    flip(rank_file(saved), data + at)
+    assert problems(saved) == []
+    (problem,) = problems(saved, read_data=True)
+    assert problem.kind == "ChecksumMismatch"
+    assert problem.file == rank_file(saved).name
+    stop = min(data + blocks[1] * BLOCK, rank_file(saved).stat().st_size)
+    assert (problem.start, problem.stop) == (data + blocks[0] * BLOCK, stop)
+    assert problem.tensors == tensors
+
+
+def test_neighbouring_blocks_are_one_problem_and_others_are_not(saved: Path) -> None:
+    data = data_start(saved)
+    for block in (1, 2, 3, 6):
+        flip(rank_file(saved), data + block * BLOCK)
+    found = problems(saved, read_data=True)
+    assert [(p.start, p.stop, p.tensors) for p in found] == [
+        (data + BLOCK, data + 4 * BLOCK, ("a", "b")),
+        (data + 6 * BLOCK, data + 7 * BLOCK, ("b",)),
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 8, 40])
+def test_a_flipped_bit_of_a_header(saved: Path, at: int) -> None:
+    flip(rank_file(saved), at)
+    (problem,) = problems(saved)
+    assert problem.kind == "ChecksumMismatch"
+    assert (problem.start, problem.stop) == (at, at + 1)
+    assert "header" in problem.message
+
+
+def test_a_header_of_another_plan(saved: Path) -> None:
+    """Header and digest agree with each other, but not with the manifest."""
+    change_manifest(saved, lambda text: text.replace(b'"c":{"dtype":"float16"', b'"c":{"dtype":"bfloat16"'))
+    (problem,) = problems(saved)
+    assert problem.kind == "InvalidManifest"
+    assert "header" in problem.message
+
+
+def test_a_wrong_header_digest(saved: Path) -> None:
+    digest = opened(saved).checkpoint.manifest.files[0].header
+    other = "0" * 16 if digest != "0" * 16 else "1" * 16
+    change_manifest(saved, lambda text: text.replace(digest.encode(), other.encode()))
+    (problem,) = problems(saved)
+    assert problem.kind == "InvalidManifest"
+
+
+@pytest.mark.parametrize("missing", [1, 5, 10, BLOCK, 6 * BLOCK])
+def test_a_truncated_file(saved: Path, missing: int) -> None:
+    file, data = rank_file(saved), data_start(saved)
+    size = file.stat().st_size
+    flip(file, data + 1)
+    os.truncate(file, size - missing)
+    truncated, damaged = problems(saved, read_data=True)
+    assert truncated.kind == "TruncatedFile"
+    assert (truncated.start, truncated.stop) == (size - missing, size)
+    assert truncated.tensors == (("c",) if missing <= 10 else ("b", "c") if missing == BLOCK else ("a", "b", "c"))
+    assert (damaged.kind, damaged.start) == ("ChecksumMismatch", data)
+
+
+def test_a_file_cut_inside_its_header(saved: Path) -> None:
+    os.truncate(rank_file(saved), 100)
+    (problem,) = problems(saved, read_data=True)
+    assert problem.kind == "TruncatedFile"
+    assert problem.tensors == ("a", "b", "c")
+
+
+def test_a_file_that_grew(saved: Path) -> None:
+    with rank_file(saved).open("ab") as file:
+        file.write(b"more")
+    (problem,) = problems(saved, read_data=True)
+    assert problem.kind == "IntegrityError"
+    assert problem.stop is not None
+    assert problem.start == problem.stop - 4
+    assert problem.tensors == ()
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.with_name("other"))
+    path.symlink_to("other")
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [remove, replace_by_link, replace_by_fifo, replace_by_directory])
+def test_a_file_that_is_no_file(saved: Path, damage: Callable[[Path], None]) -> None:
+    file = rank_file(saved)
+    size = file.stat().st_size
+    damage(file)
+    (problem,) = problems(saved, read_data=True)
+    assert problem.kind == ("MissingFile" if damage is remove else "StoreError")
+    assert (problem.file, problem.start, problem.stop) == (file.name, 0, size)
+    assert problem.tensors == ("a", "b", "c")
+
+
+def test_all_files_are_looked_at(everywhere: dict[str, Path], tmp_path: Path) -> None:
+    path = shutil.copytree(everywhere["columns"], tmp_path / "copy")
+    rank_file(path, 0).unlink()
+    flip(rank_file(path, 1), -1)
+    flip(rank_file(path, 2), 20)
+    os.truncate(rank_file(path, 3), 4096)
+    assert [(p.kind, p.file[:10]) for p in problems(path, read_data=True)] == [
+        ("MissingFile", "rank-00000"),
+        ("ChecksumMismatch", "rank-00001"),
+        ("ChecksumMismatch", "rank-00002"),
+        ("TruncatedFile", "rank-00003"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (lambda text: text[:-1], "InvalidManifest"),
+        (lambda text: text.replace(b'"version":1', b'"version":9'), "UnsupportedVersion"),
+        (lambda text: b"", "InvalidManifest"),
+    ],
+)
+def test_a_damaged_manifest(saved: Path, damage: Callable[[bytes], bytes], kind: str) -> None:
+    manifest = saved / MANIFEST_NAME
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    (problem,) = problems(saved)
+    assert (problem.kind, problem.file, problem.start, problem.tensors) == (kind, MANIFEST_NAME, None, ())
+
+
+def test_a_root_is_verified_step_by_step(tmp_path: Path) -> None:
+    with shardckpt.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": torch.arange(4)})
+    flip(tmp_path / "step-00000001" / MANIFEST_NAME, 3)
+    flip(rank_file(tmp_path / "step-00000003"), -1)
+    (tmp_path / "step-00000009").mkdir()
+    shutil.copy(rank_file(tmp_path / "step-00000002"), tmp_path / "step-00000009")
+    told: list[tuple[int, int]] = []
+    found = verify(open_store(tmp_path), read_data=True, progress=lambda done, total: told.append((done, total)))
+    assert [(v.path, v.step, v.ok) for v in found] == [
+        (str(tmp_path / "step-00000001"), None, False),
+        (str(tmp_path / "step-00000002"), 2, True),
+        (str(tmp_path / "step-00000003"), 3, False),
+    ]
+    assert [p.file for v in found for p in v.problems] == [
+        "step-00000001/manifest.json",
+        f"step-00000003/{rank_file(tmp_path / 'step-00000003').name}",
+    ]
+    assert told[-1] == (64, 64)
+
+
+def test_progress_ends_at_the_total_whatever_is_missing(saved: Path) -> None:
+    os.truncate(rank_file(saved), data_start(saved) + 3 * BLOCK + 5)
+    told: list[tuple[int, int]] = []
+    verify(open_store(saved), read_data=True, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (7 * BLOCK + 10,) * 2
+
+
+class BadSector(FileSystem):
+    """A disk that cannot read the third chunk of a file."""
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == HEADER_ALIGNMENT + 2 * CHUNK:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().preadv(fd, buffers, offset)
+
+
+def test_a_read_error_is_a_problem_of_what_could_not_be_read(tmp_path: Path) -> None:
+    shardckpt.save(tmp_path, {"a": torch.zeros(3, CHUNK // 4), "b": torch.zeros(CHUNK // 4)})
+    (found,) = verify(LocalStore(tmp_path, fs=BadSector()), read_data=True)
+    (problem,) = found.problems
+    assert problem.kind == "StoreError"
+    assert (problem.start, problem.stop) == (HEADER_ALIGNMENT + 2 * CHUNK, HEADER_ALIGNMENT + 3 * CHUNK)
+    assert problem.tensors == ("a",)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound):
+        verify(open_store(tmp_path / "nothing"))
+
+
+def change_manifest(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the text of a manifest in a way that stays canonical and valid."""
+    manifest = path / MANIFEST_NAME
+    before = manifest.read_bytes()
+    after = change(before)
+    assert after != before
+    assert encode_canonical(parse_manifest(after).manifest) == after
+    manifest.write_bytes(after)
