@@ -117,7 +117,7 @@ def diff(
         only_in_b=tuple(name for name in items_b if name not in items_a),
         kinds=tuple(sorted([*kinds, *unlike], key=lambda change: change.name)),
         tensors=tuple(sorted(tensors, key=lambda tensor: (tensor.name, tensor.rank or 0))),
-        values=tuple(_compare_values(a, b, common, keys)),
+        values=tuple(sorted(_compare_values(a, b, common, keys), key=lambda change: change.name)),
         layouts=tuple(_compare_layouts(items_a, items_b, common)),
         per_rank_included=per_rank,
         tensors_compared=len(pairs),
@@ -217,7 +217,8 @@ def _compare_values(
     a: StoredCheckpoint, b: StoredCheckpoint, common: Sequence[str], keys: Sequence[str] | None
 ) -> Iterator[Change]:
     manifest_a, manifest_b = a.checkpoint.manifest, b.checkpoint.manifest
-    records = [(name, manifest_a.objects, manifest_b.objects) for name in common if name in manifest_a.objects]
+    in_both = [name for name in common if name in manifest_a.objects and name in manifest_b.objects]
+    records = [(name, manifest_a.objects, manifest_b.objects) for name in in_both]
     for name in sorted({*manifest_a.containers, *manifest_b.containers}):
         if matches(name, keys):
             records.append((name, manifest_a.containers, manifest_b.containers))
