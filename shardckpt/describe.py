@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DReplicate
@@ -147,8 +148,8 @@ def local_data(tensor: torch.Tensor, path: str) -> torch.Tensor:
         if isinstance(tensor, DTensor):
             tensor = tensor.to_local()
         data = tensor.detach()
-    if hasattr(data, "wait") and type(data) is not torch.Tensor:  # AsyncCollectiveTensor
-        data = data.wait()
+    if type(data) is not torch.Tensor:
+        data = _unwrap_subclass(data)
     if data.layout is not torch.strided:
         raise _refuse(path, f"a tensor of layout {data.layout}", "Store its parts, such as indices() and values().")
     if data.is_quantized:
@@ -167,6 +168,20 @@ def local_data(tensor: torch.Tensor, path: str) -> torch.Tensor:
     if data.is_conj() or data.is_neg():
         return data.resolve_conj().resolve_neg()
     return data
+
+
+def _unwrap_subclass(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside of a subclass that only adds behaviour to it; any other subclass as it is."""
+    if isinstance(tensor, AsyncCollectiveTensor):
+        waited: torch.Tensor = tensor.wait()
+        return waited
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    parts: list[str] = flatten()[0] if flatten is not None else []
+    if len(parts) == 1:  # such as the weights of FSDP2 with float8 all-gather
+        inner = getattr(tensor, parts[0])
+        if type(inner) is torch.Tensor and inner.shape == tensor.shape and inner.dtype == tensor.dtype:
+            return inner.detach()
+    return tensor
 
 
 def check_fillable(tensor: torch.Tensor, path: str) -> None:
@@ -258,11 +273,7 @@ def _describe_sharded(tensor: Any, path: str, rank: int) -> Placed | None:
     metadata = tensor.metadata()
     boxes = []
     for shard in metadata.shards_metadata:
-        owner = shard.placement.rank()
-        # ranks in placements count within the process group of the tensor
-        group = getattr(tensor, "_process_group", None)
-        owner = dist.get_global_rank(group, owner) if group is not None else owner
-        boxes.append((owner, tuple(shard.shard_offsets), tuple(shard.shard_sizes)))
+        boxes.append((shard.placement.rank(), tuple(shard.shard_offsets), tuple(shard.shard_sizes)))
     if len({owner for owner, _, _ in boxes}) < len(boxes):
         raise _refuse(path, "a ShardedTensor with several shards on one rank", "Use a DTensor.")
     shards = tensor.local_shards()

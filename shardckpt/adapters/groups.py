@@ -62,11 +62,12 @@ def _sources(group: dict[str, Any], slots: Mapping[torch.Tensor, list[Slot]], pa
     for param in group["params"]:
         for slot in slots[param]:
             name = below(path, "group_of", slot.fqn)
-            if name in opening.stored.values:
-                opening.used.add(name)
-                sources[opening.stored.values[name]] = None
-            else:
+            source = opening.value(name)
+            if source is None:
                 opening.miss(name)
+            else:
+                opening.used.add(name)
+                sources[source] = None
     groups = below(path, "param_groups")
     return [source for source in sources if any(map(opening.select, opening.stored.below(below(groups, source))))]
 
@@ -89,11 +90,10 @@ def _open_group(group: dict[str, Any], path: str, opening: Opening, per_rank: bo
 
 def _first_difference(sources: list[str], path: str, opening: Opening) -> str | None:
     """A hyperparameter in which stored groups differ."""
-    values = opening.stored.values
 
     def hyperparameters(source: str) -> dict[str, Any]:
         at = below(path, "param_groups", source)
-        return {name.removeprefix(at): values[name] for name in opening.stored.below(at) if name in values}
+        return {name.removeprefix(at): opening.value(name) for name in opening.stored.below(at)}
 
     first = hyperparameters(sources[0]) if sources else {}
     for source in sources[1:]:
@@ -105,7 +105,7 @@ def _first_difference(sources: list[str], path: str, opening: Opening) -> str | 
 
 
 def _check_kind(kind: str, group: dict[str, Any], source: str, path: str, opening: Opening) -> None:
-    stored_kind = opening.stored.values.get(below(path, "class"), kind)
+    stored_kind = opening.value(below(path, "class"), kind)
     stored = set(opening.stored.children(below(path, "param_groups", source))) - _LATER_KEYS
     current = group.keys() - _LATER_KEYS
     if stored_kind != kind and stored - current and current - stored:
@@ -127,7 +127,7 @@ def _regrouped(
     stored: dict[str, list[str]] = {}
     prefix = below(path, "group_of") + "/"
     for name in opening.stored.below(below(path, "group_of")):
-        stored.setdefault(opening.stored.values[name], []).append(name.removeprefix(prefix))
+        stored.setdefault(opening.value(name), []).append(name.removeprefix(prefix))
     target = {str(at): [s.fqn for p in g["params"] for s in slots[p]] for at, g in enumerate(groups)}
     return TargetMismatch(
         f"{path!r}: the optimizer's param groups do not fit the stored ones: {problem}. Stored: {_sketch(stored)}; "

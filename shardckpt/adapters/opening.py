@@ -81,6 +81,11 @@ class Opening:
         if self.select(name):
             self._absent.append((name, id(leaf) if leaf is not None else -1))
 
+    def value(self, name: str, default: Any = None) -> Any:
+        """The stored value of that name, whether it was saved per rank or not."""
+        own = self.stored.per_rank_values
+        return own[name] if name in own else self.stored.values.get(name, default)
+
     def keep(self, path: str) -> None:
         """Note that a per-rank subtree stays as it is."""
         names = self.stored.below(path)

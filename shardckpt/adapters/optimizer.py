@@ -192,7 +192,7 @@ class _ParameterState:
     def _is_removed(self, slots: list[Slot]) -> bool:
         """Whether the checkpoint knows the parameter, but has no state for it."""
         fqn = slots[0].fqn
-        known = below(self.path, "group_of", fqn) in self.opening.stored.values
+        known = self.opening.value(below(self.path, "group_of", fqn)) is not None
         path = below(self.path, "state", fqn)
         return known and not self.opening.stored.below(path) and self.opening.select(path)
 

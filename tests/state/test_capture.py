@@ -101,6 +101,31 @@ def test_views_are_passed_as_they_are() -> None:
         assert tensor.data.stride() == original.stride()
 
 
+class Labelled(torch.Tensor):
+    """A tensor with behaviour of its own around one plain tensor, as float8 training has."""
+
+    wrapped: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Labelled:
+        made: Labelled = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+        made.wrapped = inner
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["wrapped"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return cls(func(args[0].wrapped, *args[1:], **(kwargs or {})))
+
+
+def test_subclasses_that_only_add_behaviour_are_seen_through() -> None:
+    source, target = Labelled(torch.arange(3.0)), Labelled(torch.zeros(3))
+    load(save({"t": torch.nn.Parameter(source)}), {"t": target})
+    assert torch.equal(target.wrapped, source.wrapped)
+
+
 def test_lazy_conjugation_and_negation_are_resolved() -> None:
     z = torch.tensor([1 + 2j, 3 - 4j])
     state = {"conj": z.conj(), "imag": z.conj().imag}

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from shardckpt.adapters.allocate import StateAllocator, zero_step_state
 from shardckpt.errors import DuplicateName, StateError, TargetMismatch, UnsupportedLeaf
-from shardckpt.state import capture, open_target
+from shardckpt.layout import Mesh, MeshLayout, Replicate
+from shardckpt.state import PerRank, StoredTensor, capture, open_target
 from tests.state.memory import bits, load, save
 
 Make = Callable[[nn.Sequential], torch.optim.Optimizer]
@@ -341,3 +343,39 @@ def test_optimizer_state_that_is_keyed_by_other_things_than_parameters() -> None
     source.state["global"] = {"count": 3, "t": torch.ones(2)}  # type: ignore[index]
     load(save({"m": model, "opt": source}), {"m": model, "opt": target})
     assert target.state["global"]["count"] == 3 and torch.equal(target.state["global"]["t"], torch.ones(2))  # type: ignore[index]
+
+
+def test_an_optimizer_per_rank() -> None:
+    model, other = net(1), net(2)
+    source, target = optim.Adam(model.parameters(), lr=0.5), optim.Adam(other.parameters())
+    train(model, source, 2)
+    memory = save({"p": PerRank({"model": model, "optimizer": source})})
+    done = load(memory, {"p": PerRank({"model": other, "optimizer": target})})
+    assert not done.missing and not done.unexpected
+    assert flat_state(target) == flat_state(source)
+    assert_same_weights(model, other)
+
+
+@pytest.mark.parametrize(("option", "device"), [("foreach", "cpu"), ("capturable", "meta"), ("fused", "meta")])
+def test_new_step_counters_lie_where_torch_puts_them(option: str, device: str) -> None:
+    param = torch.empty(3, 2, device="meta")
+    allocate = StateAllocator(optim.Adam([param]), {"params": [param], option: True}, param, "o/state/p")
+    number = StoredTensor("float32", MeshLayout((), Mesh((0,), (1,)), (Replicate(),)))
+    assert allocate("o/state/p/step", number).device.type == device
+    assert allocate("o/state/p/mu_product", number).device.type == "meta"
+    odd = StoredTensor("int8", MeshLayout((4, 5), Mesh((0,), (1,)), (Replicate(),)))
+    made = allocate("o/state/p/deep/er", odd)
+    assert (made.shape, made.dtype, made.device.type) == ((4, 5), torch.int8, "meta")
+
+
+def test_the_stand_in_step_touches_nothing() -> None:
+    model = net(1)
+    optimizer = optim.AdamW(model.parameters(), lr=0.5)
+    train(model, optimizer, 1)
+    before = flat_state(optimizer), [bits(p) for p in model.parameters()], [p.grad for p in model.parameters()]
+    ran: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: ran.append(1))
+    made = zero_step_state(optimizer, optimizer.param_groups[0], weight(model, 0))
+    assert made["exp_avg"].shape == (5, 3) and not ran
+    after = flat_state(optimizer), [bits(p) for p in model.parameters()], [p.grad for p in model.parameters()]
+    assert before == after and set(optimizer.state) <= set(model.parameters())

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from shardckpt.errors import StateError, UnsupportedLeaf
-from shardckpt.layout import FlatLayout, MeshLayout, Replicated, StridedShard
+from shardckpt.layout import BoxLayout, FlatLayout, MeshLayout, Replicated, StridedShard
 from shardckpt.state import Captured, Flat, capture
 from tests.ranks import RankPool
 from tests.state.jobs import (
@@ -336,3 +338,19 @@ def test_flat_slices(ranks: RankPool) -> None:
     memory = gather(ranks.run(3, flat_slices, None))
     assert ranks.run(2, flat_slices, memory) == [True, True]
     assert ranks.run(4, flat_slices, memory) == [True] * 4
+
+
+def sharded_tensor() -> list[Any]:
+    """A ShardedTensor of two of three ranks."""
+    group = dist.new_group([1, 2])
+    rank = dist.get_rank()
+    if rank == 0:
+        return []
+    shard = LocalShard.from_tensor_and_offsets(torch.full((2, 3), float(rank)), [2 * (rank - 1), 0], rank)
+    tensor = init_from_local_shards([shard], 4, 3, process_group=group)
+    return [(t.name, t.layout) for t in capture({"t": tensor}).tensors]
+
+
+def test_sharded_tensors_of_a_part_of_the_ranks(ranks: RankPool) -> None:
+    layout = BoxLayout((4, 3), ((1, (0, 0), (2, 3)), (2, (2, 0), (2, 3))))
+    assert ranks.run(3, sharded_tensor) == [[], [("t", layout)], [("t", layout)]]
