@@ -8,8 +8,7 @@ cache is as it should be; everything is overwritten before each load, so that wh
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -17,17 +16,12 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from .contestants import Contestant, Engine, Peer, Raw, Traffic
-from .disk import drop_from_cache, empty, read_into_cache, takes_direct
+from .contestants import Contestant, Raw, Traffic, make_contestants
+from .disk import drop_from_cache, empty, read_into_cache
 from .launch import BenchmarkFailed, OnProgress, Progress
-from .raw import MAX_THREADS, Way
 from .shapes import GPTShape
 from .spec import Cache
 from .workload import Workload
-
-_TRIAL_BYTES = 512 << 20
-"""Per rank; how much is moved to find out which way is the fastest."""
-_TRIALS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,57 +66,76 @@ class Outcome:
     """All turns, in order."""
     ways: dict[str, str] = field(default_factory=dict)
     """How the raw bytes were moved."""
+    cold_by: str = ""
+    """How files were taken out of the page cache; empty on ranks other than 0, and when they were not."""
 
 
 def save_rounds(report: OnProgress, job: Job) -> Outcome:
     """Time saves; each is loaded again and checked."""
-    contest = _Contest(report, job, steps=1 + 3 * job.rounds)
-    return contest.run(contest.time_saves)
+    return Contest(report, job).time_saves()
 
 
 def save_once(report: OnProgress, job: Job) -> Outcome:
     """Leave one checkpoint of each contestant for others to load."""
-    contest = _Contest(report, job, steps=1 + 3)
-    return contest.run(contest.leave_checkpoints)
+    return Contest(report, job).leave_checkpoints()
 
 
 def load_rounds(report: OnProgress, job: Job) -> Outcome:
     """Time loads of what `save_once` has left, whatever its world size, and check them."""
-    contest = _Contest(report, job, steps=1 + 3 * job.rounds * len(job.caches))
-    return contest.run(contest.time_loads)
+    return Contest(report, job).time_loads()
 
 
-class _Contest:
-    def __init__(self, report: OnProgress, job: Job, steps: int) -> None:
+class Contest:
+    """One job on one rank; all methods are collective, and the first that is called is the last."""
+
+    def __init__(
+        self,
+        report: OnProgress,
+        job: Job,
+        make: Callable[[str, Workload], Sequence[Contestant]] = make_contestants,
+    ) -> None:
         self._report = report
         self._job = job
-        self._steps = steps
-        self._done = -1
+        self._done, self._steps = -1, 1
         self._step("building the state")
         self._workload = Workload(GPTShape.of_size(job.nbytes), job.dim)
-        folders = [os.path.join(job.folder, kind.name) for kind in (Engine, Peer, Raw)]
-        for folder in folders:
-            os.makedirs(folder, exist_ok=True)
-        self._raw = Raw(folders[2], self._workload.nbytes)
-        self._engine = Engine(folders[0], self._workload)
-        self._contestants = [self._engine, Peer(folders[1], self._workload), self._raw]
+        self._contestants = make(job.folder, self._workload)
         self._outcome = Outcome(self._sum(self._workload.nbytes), self._workload.num_tensors)
 
-    def run(self, work: Callable[[], None]) -> Outcome:
-        work()
-        self._step("done")
-        self._engine.close()
-        return self._outcome
-
-    def time_saves(self) -> None:
-        direct = takes_direct(self._job.folder)
-        ways = [Way(threads, direct) for threads in range(1, MAX_THREADS + 1)]
-        self._raw.write_way = self._fastest("write", ways, lambda way: self._raw.disk.write(0, way, self._trial_bytes))
-        self._on_one_rank(lambda: empty(self._raw.folder))
+    def time_saves(self) -> Outcome:
+        """Time every contestant's saves, check them by loading them again, and remove them."""
+        self._steps = 1 + len(self._contestants) * self._job.rounds
+        for contestant in self._contestants:
+            if isinstance(contestant, Raw):
+                self._outcome.ways["write"] = str(contestant.choose_write_way(self._time))
+                self._on_one_rank(partial(empty, contestant.folder))
         for number in range(1, self._job.rounds + 1):
             for contestant in self._contestants:
                 self._step(f"round {number}: {contestant.name} saves")
                 self._time_save(contestant, number)
+        return self._finish()
+
+    def leave_checkpoints(self) -> Outcome:
+        """Save once with every contestant."""
+        self._steps = 1 + len(self._contestants)
+        for contestant in self._contestants:
+            self._step(f"{contestant.name} saves")
+            contestant.save(0)
+        return self._finish()
+
+    def time_loads(self) -> Outcome:
+        """Time every contestant's loads of what it has left, and check them."""
+        self._steps = 1 + len(self._contestants) * self._job.rounds * len(self._job.caches)
+        for contestant in self._contestants:
+            if isinstance(contestant, Raw):
+                for cache in self._job.caches:
+                    self._choose_read_way(contestant, cache)
+        for number in range(1, self._job.rounds + 1):
+            for cache in self._job.caches:
+                for contestant in self._contestants:
+                    self._step(f"round {number}: {contestant.name} loads, {cache} cache")
+                    self._time_load(contestant, cache)
+        return self._finish()
 
     def _time_save(self, contestant: Contestant, number: int) -> None:
         seconds = self._time(lambda: contestant.save(number))
@@ -134,20 +147,6 @@ class _Contest:
             self._check(contestant)
         self._on_one_rank(lambda: empty(contestant.folder))
 
-    def leave_checkpoints(self) -> None:
-        self._raw.write_way = Way(1, takes_direct(self._job.folder))
-        for contestant in self._contestants:
-            self._step(f"{contestant.name} saves")
-            contestant.save(0)
-
-    def time_loads(self) -> None:
-        self._calibrate_reads()
-        for number in range(1, self._job.rounds + 1):
-            for cache in self._job.caches:
-                for contestant in self._contestants:
-                    self._step(f"round {number}: {contestant.name} loads, {cache} cache")
-                    self._time_load(contestant, cache)
-
     def _time_load(self, contestant: Contestant, cache: Cache) -> None:
         if contestant.places_data:
             self._workload.poison()
@@ -158,36 +157,18 @@ class _Contest:
             self._check(contestant)
         self._set_cache(contestant, "cold")
 
-    def _calibrate_reads(self) -> None:
-        direct = (False, True) if takes_direct(self._job.folder) else (False,)
-        threads = range(1, MAX_THREADS + 1)
+    def _choose_read_way(self, raw: Raw, cache: Cache) -> None:
+        def time(action: Callable[[], None]) -> float:
+            self._set_cache(raw, cache)
+            return self._time(action)
 
-        def read(way: Way) -> None:
-            self._raw.disk.read(0, way, self._trial_bytes)
+        self._outcome.ways[f"{cache}_read"] = str(raw.choose_read_way(time, warm=cache == "warm"))
 
-        if "cold" in self._job.caches:
-            ways = [Way(count, flag) for flag in direct for count in threads]
-            self._raw.cold_way = self._fastest("cold read", ways, read, "cold")
-        if "warm" in self._job.caches:
-            ways = [Way(count, False) for count in threads]
-            self._raw.warm_way = self._fastest("warm read", ways, read, "warm")
-
-    @property
-    def _trial_bytes(self) -> int:
-        return min(_TRIAL_BYTES, self._workload.nbytes)
-
-    def _fastest(self, what: str, ways: Iterable[Way], move: Callable[[Way], None], cache: Cache | None = None) -> Way:
-        """The way that is the fastest here; all are tried in turns."""
-        self._step(f"finding the fastest raw {what}", advance=False)
-        best: dict[Way, float] = {}
-        for _ in range(_TRIALS):
-            for way in ways:
-                if cache is not None:
-                    self._set_cache(self._raw, cache)
-                best[way] = min(self._time(partial(move, way)), best.get(way, float("inf")))
-        fastest = min(best, key=lambda way: best[way])
-        self._outcome.ways[what.replace(" ", "_")] = str(fastest)
-        return fastest
+    def _finish(self) -> Outcome:
+        self._step("done")
+        for contestant in self._contestants:
+            contestant.close()
+        return self._outcome
 
     # ---- what all ranks do together
 
@@ -208,8 +189,13 @@ class _Contest:
             raise BenchmarkFailed(f"{contestant.name} did not give back what was saved; {problem}", contestant=contestant.name)
 
     def _set_cache(self, contestant: Contestant, cache: Cache) -> None:
-        change = drop_from_cache if cache == "cold" else read_into_cache
-        self._on_one_rank(lambda: change(contestant.folder))
+        self._on_one_rank(partial(self._change_cache, contestant.folder, cache))
+
+    def _change_cache(self, folder: str, cache: Cache) -> None:
+        if cache == "cold":
+            self._outcome.cold_by = max(self._outcome.cold_by, drop_from_cache(folder), key=len)
+        else:
+            read_into_cache(folder)
 
     def _on_one_rank(self, action: Callable[[], None]) -> None:
         dist.barrier()
@@ -222,6 +208,6 @@ class _Contest:
         dist.all_reduce(total)
         return int(total.item())
 
-    def _step(self, doing: str, *, advance: bool = True) -> None:
-        self._done += advance
+    def _step(self, doing: str) -> None:
+        self._done += 1
         self._report(Progress(self._done, self._steps, doing))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from .. import Checkpointer, Restored
-from .disk import bytes_read_by_process
-from .raw import RawDisk, Way
+from .disk import bytes_read_by_process, takes_direct
+from .raw import MAX_THREADS, RawDisk, Way
 from .workload import Workload
 
+Timer = Callable[[Callable[[], None]], float]
+"""Carries something out on all ranks, and returns the seconds that the slowest one has taken."""
+_TRIAL_BYTES = 512 << 20
+"""Per rank; how much is moved to find out which way is the fastest."""
+_TRIALS = 2
 ENGINE, PEER, RAW = "shardckpt", "dcp", "raw"
 
 
@@ -61,6 +68,10 @@ class Contestant(ABC):
         """What the last load has read, if that is counted. Collective."""
         return None
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections. Collective."""
+
 
 class Engine(Contestant):
     """shardckpt, with the options that users get."""
@@ -85,7 +96,6 @@ class Engine(Contestant):
         return Traffic(info.bytes_read, info.bytes_needed) if info else None
 
     def close(self) -> None:
-        """Let go of connections."""
         self._checkpointer.close()
 
 
@@ -115,25 +125,58 @@ class Peer(Contestant):
         read, needed = totals.tolist()
         return Traffic(read, needed) if read else None
 
+    def close(self) -> None:
+        self._state.clear()
+
     def _path(self, number: int) -> str:
         return os.path.join(self.folder, str(number))
 
 
 class Raw(Contestant):
-    """The same number of bytes, and nothing else."""
+    """The same number of bytes, and nothing else, in the way that is the fastest here."""
 
     name = RAW
     places_data = False
 
     def __init__(self, folder: str, nbytes: int) -> None:
         super().__init__(folder)
-        self.disk = RawDisk(folder, nbytes)
-        """Does it."""
-        self.write_way = self.cold_way = Way(threads=1, direct=False)
-        self.warm_way = Way(threads=1, direct=False)
+        self._disk = RawDisk(folder, nbytes)
+        self._trial_bytes = min(_TRIAL_BYTES, nbytes)
+        self._write_way = Way(threads=1, direct=takes_direct(folder))
+        self._read_ways = {False: self._write_way, True: Way(threads=1, direct=False)}
+
+    def choose_write_way(self, time: Timer) -> Way:
+        """Find out which number of threads writes the fastest. Collective."""
+        ways = [Way(threads, takes_direct(self.folder)) for threads in range(1, MAX_THREADS + 1)]
+        self._write_way = _fastest(ways, lambda way: time(partial(self._disk.write, 0, way, self._trial_bytes)))
+        return self._write_way
+
+    def choose_read_way(self, time: Timer, *, warm: bool) -> Way:
+        """Find out which number of threads, with or without O_DIRECT, reads the fastest. Collective."""
+        direct = {False, takes_direct(self.folder) and not warm}
+        ways = [Way(threads, flag) for flag in sorted(direct) for threads in range(1, MAX_THREADS + 1)]
+        self._read_ways[warm] = _fastest(ways, lambda way: time(partial(self._disk.read, 0, way, self._trial_bytes)))
+        return self._read_ways[warm]
 
     def save(self, number: int) -> None:
-        self.disk.write(number, self.write_way)
+        self._disk.write(number, self._write_way)
 
     def load(self, number: int, *, warm: bool) -> None:
-        self.disk.read(number, self.warm_way if warm else self.cold_way)
+        self._disk.read(number, self._read_ways[warm])
+
+    def close(self) -> None:
+        self._disk.close()
+
+
+def _fastest(ways: Sequence[Way], seconds: Callable[[Way], float]) -> Way:
+    """The way with the shortest time; all are tried in turns."""
+    times = [(seconds(way), number) for _ in range(_TRIALS) for number, way in enumerate(ways)]
+    return ways[min(times)[1]]
+
+
+def make_contestants(folder: str, workload: Workload) -> list[Contestant]:
+    """All three, in the order of their turns, with folders in ``folder``."""
+    folders = [os.path.join(folder, name) for name in (ENGINE, PEER, RAW)]
+    for path in folders:
+        os.makedirs(path, exist_ok=True)
+    return [Engine(folders[0], workload), Peer(folders[1], workload), Raw(folders[2], workload.nbytes)]

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,22 +35,44 @@ def empty(folder: str) -> None:
     os.sync()
 
 
-def drop_from_cache(folder: str) -> None:
-    """Make the next read of the files under ``folder`` go to the disk."""
-    for path in files_under(folder):
+def drop_from_cache(folder: str) -> str:
+    """Make the next read of the files under ``folder`` go to the disk; returns by which means.
+
+    Emptying the whole page cache hurts everybody else on the machine, so that is done only when pages are left otherwise, and
+    only where it is allowed. Raises OSError when pages are left nevertheless.
+    """
+    paths = files_under(folder)
+    for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-    if can_drop_all():
+    if not any(map(cached_pages, paths)):
+        return "posix_fadvise"
+    if os.access(_DROP_CACHES, os.W_OK):
         Path(_DROP_CACHES).write_text("1")
+    left = sum(map(cached_pages, paths))
+    if left:
+        raise OSError(errno.EBUSY, f"{left} pages of the files under {folder} stay in the page cache")
+    return "posix_fadvise and drop_caches"
 
 
-def can_drop_all() -> bool:
-    """Whether this process may empty the whole page cache."""
-    return os.access(_DROP_CACHES, os.W_OK)
+def cached_pages(path: str) -> int:
+    """Pages of a file that are in the page cache; 0 where the system does not tell."""
+    size = os.stat(path).st_size
+    if not size or not sys.platform.startswith("linux"):
+        return 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        # mincore tells of the page cache, and reads nothing
+        start = ctypes.c_char.from_buffer(view)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.byref(start), ctypes.c_size_t(size), pages)
+        del start
+        if failed:
+            raise OSError(ctypes.get_errno(), f"mincore: {os.strerror(ctypes.get_errno())}", path)
+        return sum(page & 1 for page in bytes(pages))
 
 
 def read_into_cache(folder: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .._version import __version__
-from .disk import can_drop_all, file_system_of, takes_direct
+from .disk import file_system_of, takes_direct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,6 @@ class Machine:
     """What that is mounted from."""
     o_direct: bool
     """Whether it takes O_DIRECT."""
-    cold_by: str
-    """How the page cache is emptied for cold reads. What lies beneath (a host, a controller) may cache as well."""
     python: str
     """Version."""
     torch: str
@@ -47,7 +45,7 @@ class Machine:
         memory = f"{self.memory_bytes / (1 << 30):.0f} GiB"
         return (
             f"{self.cores} cores ({self.processor}), {memory}, {self.system}; {self.file_system} on {self.device}, {direct}; "
-            f"cold by {self.cold_by}; torch {self.torch}, Python {self.python}, shardckpt {self.shardckpt}"
+            f"torch {self.torch}, Python {self.python}, shardckpt {self.shardckpt}"
         )
 
 
@@ -63,7 +61,6 @@ def describe_machine(folder: str) -> Machine:
         file_system=file_system or "unknown file system",
         device=device or "unknown device",
         o_direct=takes_direct(folder),
-        cold_by="posix_fadvise" + (" and drop_caches" if can_drop_all() else ""),
         python=platform.python_version(),
         torch=str(torch.__version__),
         shardckpt=__version__,

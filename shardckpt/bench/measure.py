@@ -25,7 +25,7 @@ def measure_save(spec: SaveSpec, folder: str = ".", on_progress: OnProgress = ig
         outcome = run_ranks(spec.ranks, save_rounds, job, on_progress)[0]
         case = Case(from_ranks=spec.ranks, to_ranks=spec.ranks)
         lines = summarize(case, outcome)
-        return Report("save", describe_machine(scratch), describe_workload(spec, outcome), lines, outcome.ways)
+        return Report("save", describe_machine(scratch), describe_workload(spec, outcome), lines, outcome.ways, outcome.cold_by)
 
 
 def measure_load(spec: LoadSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
@@ -57,7 +57,7 @@ def _measure_loads(
             outcome = run_ranks(ranks, load_rounds, job, on_progress)[0]
             lines += summarize(Case(from_ranks=spec.ranks, to_ranks=ranks, dim=dim), outcome)
             ways |= {f"{what}_{ranks}_ranks": way for what, way in outcome.ways.items()}
-        return Report(benchmark, describe_machine(scratch), describe_workload(spec, saved), lines, ways)
+        return Report(benchmark, describe_machine(scratch), describe_workload(spec, saved), lines, ways, outcome.cold_by)
 
 
 @contextmanager

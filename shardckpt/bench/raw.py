@@ -75,6 +75,11 @@ class RawDisk:
                 self._read_file(path, start, stop, way)
             begin += size
 
+    def close(self) -> None:
+        """Give the buffers back."""
+        for buffer in self._buffers:
+            buffer.close()
+
     def _read_file(self, path: str, start: int, stop: int, way: Way) -> None:
         fd = os.open(path, os.O_RDONLY | (O_DIRECT if way.direct else 0))
         try:

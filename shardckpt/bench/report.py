@@ -96,6 +96,8 @@ class Report:
     """Contestants by case, in the order of their turns."""
     raw_ways: dict[str, str] = field(default_factory=dict)
     """How the raw bytes were moved: the fastest way of those that were tried on this machine."""
+    cold_by: str = ""
+    """How files were taken out of the page cache. What lies beneath (a host, a controller) may cache as well."""
 
 
 def describe_workload(spec: SaveSpec, outcome: Outcome) -> WorkloadFacts:

@@ -167,6 +167,7 @@ def _print(report: Report, as_json: bool) -> None:
     print_table(("ranks", "dim", "cache", "who", *numbers), [_cells(line) for line in report.results], numbers=numbers)
     for what, way in report.raw_ways.items():
         say(f"raw {what.replace('_', ' ')}: {way} (the fastest of those that were tried)")
+    say(f"cold: files were taken out of the page cache by {report.cold_by}")
     say(str(report.machine))
 
 
