@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as a process: version, exit status, what it imports, progress bars."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardckpt
+from shardckpt.cli import main
+from tests.cli.run import run, run_on_terminal, run_process
+from tests.maintain.make import flip, rank_file
+from tests.style.source import ROOT
+
+
+def test_version() -> None:
+    done = run_process("--version")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines() == [f"shardckpt {shardckpt.__version__}", "license Apache-2.0", f"torch {torch.__version__}"]
+
+
+def test_status_and_streams_of_the_process(root: Path) -> None:
+    flip(rank_file(root / "step-00000003"), -1)
+    done = run_process("verify", root, "--read-data")
+    assert (done.status, done.err) == (1, "")
+    assert "DAMAGED" in done.out
+    done = run_process("digest", root)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("shardckpt: error: ")
+    assert "Traceback" not in done.err
+
+
+def test_main_ends_with_the_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["ls", str(root)], 0), (["ls", "/nothing"], 1), (["ls"], 2)):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == status
+    assert "there is no checkpoint in /nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "digest", "diff", "prune"])
+def test_help_documents_json(command: str) -> None:
+    done = run(command, "--help")
+    assert done.status == 0
+    assert "--json: {" in done.out
+
+
+def test_bench_is_a_command() -> None:
+    done = run("bench", "--help")
+    assert done.status == 0
+    assert "reshard" in done.out
+    assert run("bench", "nonsense").status == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["ls", "{}"], ["show", "{}"], ["prune", "{}", "--keep-last", "3"]]
+)
+def test_commands_that_read_no_data_start_without_torch(root: Path, arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom shardckpt.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", script, *(argument.format(root) for argument in arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["verify", "{}", "--read-data"], ["digest", "{}"], ["diff", "{}", "{}"]])
+def test_reading_shows_a_bar_on_a_terminal_only(root: Path, arguments: list[str]) -> None:
+    arguments = [argument.format(root) for argument in arguments]
+    assert "━" in run_on_terminal(arguments)
+    assert run(*arguments).err == ""
+
+
+def test_no_bar_with_json(root: Path) -> None:
+    assert run_on_terminal(["digest", root, "--json"]) == ""
