@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import shardckpt
@@ -28,6 +29,10 @@ class Tied(nn.Module):
         self.embed = nn.Embedding(5, 3)
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.embed(tokens))
+        return found
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -90,6 +95,26 @@ def spread(tensor: torch.Tensor, layout: str) -> torch.Tensor | DTensor | shardc
     }[layout]
     placements: list[Placement] = [p if isinstance(p, Shard) and p.dim < tensor.dim() else Replicate() for p in wanted]
     return distribute_tensor(tensor, init_device_mesh("cpu", shape), placements)
+
+
+def train(url: str, source: str | None) -> None:
+    """On each rank of a case: two steps of FSDP2 and AdamW, saved at ``url``; or what ``source`` holds, saved again."""
+    torch.manual_seed(1)
+    model = Tied()
+    if dist.get_world_size() > 1:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    whole = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": shardckpt.RNGState(), "tokens": 0}
+    if source is not None:
+        shardckpt.load(source, whole)
+    else:
+        for _ in range(2):
+            model(torch.arange(5)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+        whole["tokens"] = 10
+    shardckpt.save(url, whole)
 
 
 def opened(url: Path | str) -> StoredCheckpoint:

@@ -23,7 +23,8 @@ from shardckpt.plan import Plan
 from shardckpt.store import MemoryStore
 from tests.engine.simulate import Simulated, bits, save
 from tests.engine.strategies import plans
-from tests.maintain.make import flip, opened, rank_file, save_plain, tensors
+from tests.maintain.make import flip, opened, rank_file, save_plain, tensors, train
+from tests.ranks import RankPool
 
 _numbers = itertools.count()
 
@@ -49,6 +50,19 @@ def test_world_size_and_layout_make_no_difference(everywhere: dict[str, Path]) -
         assert other.digest == plain.digest, layout
         assert other.tensors == plain.tensors, layout
         assert len(other.per_rank) == 2 * opened(everywhere[layout]).checkpoint.manifest.world_size
+
+
+def test_a_training_state_that_is_restored_and_saved_again_is_the_same(ranks: RankPool, tmp_path: Path) -> None:
+    source: str | None = None
+    digests = set()
+    for world_size in (4, 2, 1, 3):
+        url = str(tmp_path / f"of-{world_size}")
+        ranks.run(world_size, train, url, source)
+        found = digest_content(opened(url))
+        assert "optimizer/state/embed.weight/exp_avg" in [leaf.name for leaf in found.tensors]
+        digests.add(found.digest)
+        source = url
+    assert len(digests) == 1
 
 
 @settings(max_examples=60)
