@@ -18,14 +18,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
 import torch.distributed as dist
 
 from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
+from .meeting import GRACE_SECONDS, Address, default_store, late_ranks, network_name, serve, settle
 from .wire import (
     Failure,
     Lost,
@@ -43,8 +43,6 @@ from .wire import (
     wait_for,
 )
 
-# How much longer than a deadline one answer of the store may take; also the patience of a farewell.
-_GRACE_SECONDS = 5.0
 _LARGEST_PAUSE_SECONDS = 0.25
 
 _T = TypeVar("_T")
@@ -62,15 +60,6 @@ class _Verdict(msgspec.Struct, array_like=True):
     """How a round ended, for all ranks."""
 
     payload: bytes
-    failure: Failure | None
-
-
-class _Address(msgspec.Struct, array_like=True):
-    """Where rank 0's store is, or why there is none."""
-
-    network: str
-    host: str
-    port: int
     failure: Failure | None
 
 
@@ -112,9 +101,9 @@ class Coordinator:
         """
         _check_timeout(timeout)
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(0, 1, timeout, Wire(_default_store))
+            return cls(0, 1, timeout, Wire(default_store))
         rank = dist.get_rank()
-        with contextlib.closing(Wire(_default_store)) as meeting:
+        with contextlib.closing(Wire(default_store)) as meeting:
             try:
                 # Attempts are counted per rank in the store itself, so that a rank that comes late meets the attempt that
                 # the others gave up, and fails with it, instead of a later one.
@@ -129,21 +118,21 @@ class Coordinator:
     def _host(cls, meeting: Wire, key: str, timeout: float) -> Coordinator:
         coordinator = None
         try:
-            server = _serve(timeout)
+            server = serve(timeout)
             port = server.port
             host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-            _settle(meeting, key, _Address(_network(), host, port, None))
+            settle(meeting, key, Address(network_name(), host, port, None))
             coordinator = cls(0, dist.get_world_size(), timeout, Wire(lambda: tcp_store("localhost", port, timeout)), server)
             coordinator._introduce(timeout)
         except BaseException as error:
-            data = msgspec.msgpack.encode(_Address("", "", 0, describe(error)))
+            data = msgspec.msgpack.encode(Address("", "", 0, describe(error)))
             with contextlib.suppress(Lost):
-                meeting.call(_GRACE_SECONDS, lambda store: store.set(key, data))
+                meeting.call(GRACE_SECONDS, lambda store: store.set(key, data))
             if coordinator is not None:
                 coordinator.close()
             raise
         with contextlib.suppress(Lost):
-            meeting.call(_GRACE_SECONDS, lambda store: store.delete_key(key))
+            meeting.call(GRACE_SECONDS, lambda store: store.delete_key(key))
         return coordinator
 
     @classmethod
@@ -154,10 +143,10 @@ class Coordinator:
         while not meeting.call(timeout, lambda store: store.check([key])) and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(pause * 1.5, _LARGEST_PAUSE_SECONDS)
-        late = _late("connect", [0], (), timeout)
-        address = _settle(meeting, key, _Address("", "", 0, describe(late)))
-        host = "localhost" if address.network == _network() else address.host
-        left = max(deadline - time.monotonic(), _GRACE_SECONDS)
+        late = late_ranks("connect", [0], (), timeout)
+        address = settle(meeting, key, Address("", "", 0, describe(late)))
+        host = "localhost" if address.network == network_name() else address.host
+        left = max(deadline - time.monotonic(), GRACE_SECONDS)
         coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, Wire(lambda: tcp_store(host, address.port, left)))
         try:
             coordinator._introduce(left)
@@ -238,7 +227,7 @@ class Coordinator:
                 self._group = None
             if self.world_size > 1:
                 with contextlib.suppress(Lost):
-                    self._wire.call(2 * _GRACE_SECONDS, self._say_farewell)
+                    self._wire.call(2 * GRACE_SECONDS, self._say_farewell)
                 self._wire.close()
                 self._server = None
 
@@ -272,12 +261,12 @@ class Coordinator:
 
     def _claim(self, number: int) -> bool:
         """Whether it is up to this rank to say how the round ends."""
-        closer = self._call(_GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
+        closer = self._call(GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
         return int(closer) == self.rank
 
     def _publish(self, number: int, verdict: _Verdict) -> None:
         data = msgspec.msgpack.encode(verdict)
-        keys = self._call(self._timeout + _GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
+        keys = self._call(self._timeout + GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
         if self.rank == 0:
             self._spent += [f"{number}/closer", *keys]
 
@@ -285,7 +274,7 @@ class Coordinator:
         """Post why this process is being stopped, for the others' sake, and wait for nobody."""
         if self.rank != 0:
             data = msgspec.msgpack.encode(entry)
-            self._call(_GRACE_SECONDS, lambda store: put(store, f"{number}/{self.rank}", data))
+            self._call(GRACE_SECONDS, lambda store: put(store, f"{number}/{self.rank}", data))
         elif entry.failure is not None and self._claim(number):
             self._publish(number, _Verdict(b"", blame(entry.failure, 0)))
 
@@ -314,15 +303,15 @@ class Coordinator:
             there = {rank: key for rank, key in keys.items() if complete or store.check([key])}
             return dict(zip(there, fetch(store, list(there.values())), strict=True)) if there else {}
 
-        posted = self._call(seconds + _GRACE_SECONDS, wait)
+        posted = self._call(seconds + GRACE_SECONDS, wait)
         entries = {0: own} | {rank: msgspec.msgpack.decode(data, type=_Entry) for rank, data in posted.items()}
         failures = {rank: entry.failure for rank, entry in entries.items() if entry.failure is not None}
         self._lost = set(keys) - set(posted)
         if self._lost:
-            raise _late(own.label, sorted(self._lost), self.hosts, seconds, failures)
+            raise late_ranks(own.label, sorted(self._lost), self.hosts, seconds, failures)
         # Whoever posted to this round has read the verdict of the last one.
         spent, self._spent = self._spent, []
-        self._call(seconds + _GRACE_SECONDS, lambda store: delete_all(store, spent))
+        self._call(seconds + GRACE_SECONDS, lambda store: delete_all(store, spent))
         _check_labels({rank: entry.label for rank, entry in entries.items()})
         if failures:
             raise rebuild(first_failure(failures))
@@ -338,11 +327,11 @@ class Coordinator:
             delete_all(store, spent)
             return keys, wait_for(store, [f"{number}/verdict"], deadline - time.monotonic())
 
-        keys, decided = self._call(seconds + _GRACE_SECONDS, post)
+        keys, decided = self._call(seconds + GRACE_SECONDS, post)
         if decided:
             self._spent = keys
         elif self._claim(number):
-            late = _late(entry.label, [0], self.hosts, seconds)
+            late = late_ranks(entry.label, [0], self.hosts, seconds)
             self._publish(number, _Verdict(b"", describe(late)))
             raise late
         # Without a verdict by now, rank 0 came after this rank and still gives the others their time.
@@ -353,7 +342,7 @@ class Coordinator:
             key = f"{number}/verdict"
             return fetch(store, [key])[0] if wait_for(store, [key], seconds) else None
 
-        data = self._call(seconds + _GRACE_SECONDS, take)
+        data = self._call(seconds + GRACE_SECONDS, take)
         if data is None:
             message = (
                 f"{label!r}: {name_ranks([0], self.hosts)} came, but decided nothing within {seconds:g} s; it may still do so"
@@ -370,48 +359,7 @@ class Coordinator:
             return
         others = [f"farewell/{rank}" for rank in range(1, self.world_size) if rank not in self._lost]
         if others:
-            wait_for(store, others, _GRACE_SECONDS)
-
-
-def _default_store() -> Store:
-    return dist.distributed_c10d._get_default_store()
-
-
-def _settle(meeting: Wire, key: str, address: _Address) -> _Address:
-    """The address that stands, which is this one unless a rank was faster; raises the failure if it is one."""
-    data = msgspec.msgpack.encode(address)
-    found = meeting.call(_GRACE_SECONDS, lambda store: store.compare_set(key, "", data))
-    standing = msgspec.msgpack.decode(found, type=_Address)
-    if standing.failure is not None:
-        raise rebuild(standing.failure)
-    return standing
-
-
-def _serve(timeout: float) -> Store:
-    try:
-        return tcp_store("localhost", 0, timeout, is_master=True)
-    except RuntimeError as error:
-        raise CoordinationError(f"rank 0 cannot listen on any port for the other ranks: {error}", rank=0) from error
-
-
-def _network() -> str:
-    """Equal in two processes only when they share a loopback interface."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _late(
-    label: str, ranks: list[int], hosts: Sequence[str], seconds: float, failures: Mapping[int, Failure] | None = None
-) -> RankTimeout:
-    message = (
-        f"{label!r}: no word from {name_ranks(ranks, hosts)} within {seconds:g} s; look for an earlier error in "
-        f"{'their logs' if len(ranks) > 1 else 'its log'}, or raise the timeout if there is none"
-    )
-    if failures:
-        message += f" (meanwhile {first_failure(failures).message})"
-    return RankTimeout(message, ranks=ranks, label=label, seconds=seconds)
+            wait_for(store, others, GRACE_SECONDS)
 
 
 def _check_timeout(timeout: float) -> float:

@@ -18,7 +18,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("pure", {"layout", "manifest", "records", "tables", "plan", "reshard", "checksum", "validate"}),
     ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler"}),
     ("movement", {"stage", "write", "read", "share"}),
-    ("protocol", {"wire", "coordinate", "exchange", "commit", "root"}),
+    ("protocol", {"wire", "meeting", "coordinate", "exchange", "commit", "root"}),
     ("outside formats and upkeep", {"interop", "maintain"}),
     ("pipeline", {"saving", "loading", "api"}),
     ("policy", {"checkpointer"}),
