@@ -160,10 +160,11 @@ class Plan:
         """All pieces in the file of ``rank``, in file order."""
         known = self._pieces.get(rank)
         if known is None:
-            known = self._pieces[rank] = tuple(self._lay_out(rank))
+            known = self._pieces[rank] = tuple(self.lay_out(rank))
         return known
 
-    def _lay_out(self, rank: int) -> Iterator[FilePiece]:
+    def lay_out(self, rank: int) -> Iterator[FilePiece]:
+        """The same as `file_pieces`, for one who looks at many ranks once: nothing is kept."""
         offset = 0
         for tensor in self.tensors:
             start, stop = tensor.local_window(rank)
@@ -184,7 +185,7 @@ class Plan:
         """Where each tensor starts in the data region of the file of ``rank``, in bytes."""
         known = self._offsets.get(rank)
         if known is None:
-            known = self._offsets[rank] = {found.tensor.name: found.offset for found in self.file_pieces(rank)}
+            known = self._offsets[rank] = {found.tensor.name: found.offset for found in self.lay_out(rank)}
         return known
 
     @cached_property

@@ -149,7 +149,7 @@ class _Verifier:
 
     def _problem(self, kind: str, rank: int, start: int, stop: int, message: str) -> Problem:
         record = self._manifest.files[rank]
-        pieces = self._plan.file_pieces(rank)
+        pieces = self._plan.lay_out(rank)
         low, high = start - record.data, stop - record.data
         tensors = tuple(p.tensor.name for p in pieces if p.offset < high and p.offset + p.nbytes > low)
         return Problem(kind=kind, file=self._name(rank), start=start, stop=stop, tensors=tensors, message=message)
@@ -181,7 +181,7 @@ class _Verifier:
 
     def _check_header(self, rank: int, reader: FileReader) -> Iterator[Problem]:
         record = self._manifest.files[rank]
-        expected = safetensors_header(self._plan.file_pieces(rank))
+        expected = safetensors_header(tuple(self._plan.lay_out(rank)))
         if len(expected) != record.data:
             message = f"the header that follows from the manifest has {len(expected)} bytes, the manifest says {record.data}"
             yield self._problem("InvalidManifest", rank, 0, record.data, message)
