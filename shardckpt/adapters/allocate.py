@@ -17,17 +17,13 @@ from .dtypes import dtype_named
 class StateAllocator:
     """Makes the state tensors of one parameter, as its optimizer would have them."""
 
-    def __init__(self, optimizer: Optimizer, group: dict[str, Any], param: torch.Tensor, path: str) -> None:
+    def __init__(self, optimizer: Optimizer, group: dict[str, Any], param: torch.Tensor, path: str, rank: int) -> None:
         self._optimizer = optimizer
+        self._rank = rank
         self._group = group
         self._param = param
         self._path = path
         self._own: Any = None
-
-    @staticmethod
-    def dtype_of(stored: StoredTensor) -> torch.dtype:
-        """The dtype of a stored tensor."""
-        return dtype_named(stored.dtype)
 
     def __call__(self, name: str, stored: StoredTensor) -> torch.Tensor:
         """The tensor to read ``name`` into.
@@ -35,7 +31,7 @@ class StateAllocator:
         State of the parameter's shape is laid out as the parameter. Single numbers lie where Optimizer.load_state_dict
         puts them: ``step`` in host memory unless the group is fused or capturable, others on the parameter's device.
         """
-        shape, dtype = stored.shape(0) or (), dtype_named(stored.dtype)
+        shape, dtype = stored.shape(self._rank) or (), dtype_named(stored.dtype)
         param = self._param.detach()
         keys = split(name)[len(split(self._path)) :]
         if shape == tuple(param.shape) and keys[-1:] != ["step"]:

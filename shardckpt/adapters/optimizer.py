@@ -32,6 +32,7 @@ from ..values import encode_value
 from .adapter import Adapter
 from .allocate import StateAllocator
 from .base import Finish, below, is_plain
+from .dtypes import dtype_named
 from .fsdp1 import cut
 from .groups import open_groups
 from .opening import Opening
@@ -182,12 +183,15 @@ class _ParameterState:
         if slots[0].layout is not None:
             return self._open_flat(slots)
         path = below(self.path, "state", slots[0].fqn)
-        allocator = StateAllocator(self.parts.optimizer, self.group, self.param, path)
+        allocator = self._allocator(path)
         current = self.parts.state.get(self.param)
         finish = self.opening.adopt(path, current, allocator, per_rank=self.per_rank)
         if finish is not None:
             return lambda: self._set(finish())
         return self._remove if self._is_removed(slots) else lambda: None
+
+    def _allocator(self, path: str) -> StateAllocator:
+        return StateAllocator(self.parts.optimizer, self.group, self.param, path, self.opening.here.rank)
 
     def _is_removed(self, slots: list[Slot]) -> bool:
         """Whether the checkpoint knows the parameter, but has no state for it."""
@@ -213,7 +217,7 @@ class _ParameterState:
                 continue
             for key in self.opening.stored.children(path):
                 if key not in entries:
-                    entries[key] = self._allocate_flat(below(path, key), slot)
+                    entries[key] = self._allocate_flat(path, key, slot)
             template = {
                 key: cut_flat(entry, slot, self.param, path, self.opening.here.rank)
                 if isinstance(entry, torch.Tensor)
@@ -234,16 +238,16 @@ class _ParameterState:
 
         return put_back
 
-    def _allocate_flat(self, name: str, slot: Slot) -> Any:
+    def _allocate_flat(self, path: str, key: str, slot: Slot) -> Any:
+        """Flat state for all parameters of the flat one; for single numbers as for any parameter."""
+        name = below(path, key)
         found = self.opening.stored.tensor(name)
-        if found is None:
+        if found is None or slot.layout is None:
             return None
         stored = found[1]
-        assert slot.layout is not None
         if stored.shape(0) == slot.layout.shape and stored.shape(0) != ():
-            dtype = StateAllocator.dtype_of(stored)
-            return torch.zeros(self.param.shape, dtype=dtype, device=self.param.device)
-        return StateAllocator(self.parts.optimizer, self.group, self.param, name)(name, stored)
+            return torch.zeros(self.param.shape, dtype=dtype_named(stored.dtype), device=self.param.device)
+        return self._allocator(path)(name, stored)
 
     def _refuse_flat(self, name: str, stored: Any) -> Any:
         raise StateError(

@@ -359,7 +359,7 @@ def test_an_optimizer_per_rank() -> None:
 @pytest.mark.parametrize(("option", "device"), [("foreach", "cpu"), ("capturable", "meta"), ("fused", "meta")])
 def test_new_step_counters_lie_where_torch_puts_them(option: str, device: str) -> None:
     param = torch.empty(3, 2, device="meta")
-    allocate = StateAllocator(optim.Adam([param]), {"params": [param], option: True}, param, "o/state/p")
+    allocate = StateAllocator(optim.Adam([param]), {"params": [param], option: True}, param, "o/state/p", 0)
     number = StoredTensor("float32", MeshLayout((), Mesh((0,), (1,)), (Replicate(),)))
     assert allocate("o/state/p/step", number).device.type == device
     assert allocate("o/state/p/mu_product", number).device.type == "meta"

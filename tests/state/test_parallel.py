@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
@@ -354,3 +355,14 @@ def sharded_tensor() -> list[Any]:
 def test_sharded_tensors_of_a_part_of_the_ranks(ranks: RankPool) -> None:
     layout = BoxLayout((4, 3), ((1, (0, 0), (2, 3)), (2, (2, 0), (2, 3))))
     assert ranks.run(3, sharded_tensor) == [[], [("t", layout)], [("t", layout)]]
+
+
+def reduced_lately() -> list[float]:
+    pending = funcol.all_reduce(torch.ones(2), "sum", list(range(dist.get_world_size())))
+    [tensor] = capture({"t": pending}).tensors
+    assert type(tensor.data) is torch.Tensor
+    return tensor.data.tolist()
+
+
+def test_tensors_that_a_collective_still_works_on_are_waited_for(ranks: RankPool) -> None:
+    assert ranks.run(2, reduced_lately) == [[2.0, 2.0]] * 2
