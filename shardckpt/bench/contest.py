@@ -138,6 +138,7 @@ class Contest:
         return self._finish()
 
     def _time_save(self, contestant: Contestant, number: int) -> None:
+        gc.collect()
         seconds = self._time(lambda: contestant.save(number))
         self._outcome.samples.append(Sample(contestant.name, "", seconds))
         if contestant.places_data:
@@ -151,6 +152,7 @@ class Contest:
         if contestant.places_data:
             self._workload.poison()
         self._set_cache(contestant, cache)
+        gc.collect()
         seconds = self._time(lambda: contestant.load(0, warm=cache == "warm"))
         self._outcome.samples.append(Sample(contestant.name, cache, seconds, contestant.traffic()))
         if contestant.places_data:
@@ -174,7 +176,6 @@ class Contest:
 
     def _time(self, action: Callable[[], None]) -> float:
         """Seconds until the slowest rank has done it."""
-        gc.collect()
         dist.barrier()
         begun = perf_counter()
         action()

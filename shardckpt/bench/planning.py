@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
 
@@ -60,6 +60,22 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What one rank in the middle would read if it read for itself alone; where that is too much, ranks read for each other."""
+
+    ranks: int
+    """World size that loads."""
+    seconds: float
+    """Time to plan it, median of the rounds."""
+    files: int
+    """Rank files that hold something of what it needs."""
+    bytes_needed: int
+    """Bytes of tensor data that it needs."""
+    bytes_read: int
+    """Bytes that it would read: whole digest blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
     """A figure that is to be reached."""
 
@@ -97,6 +113,8 @@ class PlanReport:
     """Size of the manifest."""
     reading_back_s: float
     """Decoding and checking it in a new process, in seconds."""
+    loads: Sequence[LoadPlan]
+    """Planning loads by as many ranks, and by half of them, on one rank."""
     bars: Sequence[Bar]
     """What is to be reached for this model and world size, if anything is."""
     peer: PeerPlanning | None
@@ -122,12 +140,14 @@ def measure_planning(spec: PlanSpec, folder: str, on_progress: OnProgress) -> Pl
     """Do the work of rank 0. The peer's metadata goes under ``folder`` for a moment."""
     total = 2 * spec.rounds + bool(spec.peer_ranks)
     rounds: list[dict[str, float]] = []
+    loads: list[list[LoadPlan]] = []
     for number in range(spec.rounds):
         on_progress(Progress(2 * number, total, f"round {number + 1}: planning a save by {spec.ranks} ranks"))
         (saving, manifest), *_ = run_ranks(1, _simulate_save, spec, on_progress)
         on_progress(Progress(2 * number + 1, total, f"round {number + 1}: reading the manifest back"))
-        loading, *_ = run_ranks(1, _simulate_load, (manifest, spec), on_progress)
+        (loading, planned), *_ = run_ranks(1, _simulate_load, (manifest, spec), on_progress)
         rounds.append({**saving, **loading})
+        loads.append(planned)
     peer = None
     if spec.peer_ranks:
         on_progress(Progress(total - 1, total, f"DCP plans a save by {spec.peer_ranks} ranks"))
@@ -146,6 +166,7 @@ def measure_planning(spec: PlanSpec, folder: str, on_progress: OnProgress) -> Pl
         planning_s=planning,
         manifest_bytes=len(manifest),
         reading_back_s=reading,
+        loads=[replace(same[0], seconds=median(load.seconds for load in same)) for same in zip(*loads, strict=True)],
         bars=_compare(spec, planning, len(manifest), reading),
         peer=peer,
     )
@@ -193,23 +214,29 @@ def _simulate_save(report: OnProgress, spec: PlanSpec) -> tuple[dict[str, float]
     return watch.seconds, manifest
 
 
-def _simulate_load(report: OnProgress, job: tuple[bytes, PlanSpec]) -> dict[str, float]:
-    """Seconds by step."""
+def _simulate_load(report: OnProgress, job: tuple[bytes, PlanSpec]) -> tuple[dict[str, float], list[LoadPlan]]:
+    """Seconds by step, and what loads by one rank would read."""
     manifest, spec = job
     watch = _Watch()
     with watch.on(READING_BACK):
         plan = parse_manifest(manifest).plan
-    for ranks in dict.fromkeys((spec.ranks, max(1, spec.ranks // 2))):
-        described = _describe(spec.model, ranks)
-        with watch.on(f"one rank: plan a load by {ranks} ranks"):
-            _plan_load(plan, described, ranks // 2)
-    return watch.seconds
+    return watch.seconds, [_plan_load(plan, spec, ranks) for ranks in dict.fromkeys((spec.ranks, max(1, spec.ranks // 2)))]
 
 
-def _plan_load(plan: Plan, described: Sequence[Described], rank: int) -> None:
-    pieces = [(found.name, found.layout.piece(rank)) for found in described if not isinstance(found.layout, PerRankLayout)]
-    wants = [Want(key, plan.by_name[name], piece) for key, (name, piece) in enumerate(pieces) if piece is not None]
-    plan_reads(plan, wants)
+def _plan_load(plan: Plan, spec: PlanSpec, ranks: int) -> LoadPlan:
+    described = _describe(spec.model, ranks)
+    rank = ranks // 2
+    begun = perf_counter()
+    wants = []
+    for key, found in enumerate(described):
+        piece = found.layout.piece(rank)
+        if piece is not None:
+            per_rank = isinstance(found.layout, PerRankLayout)
+            wants.append(Want(key, plan.by_name[found.name], piece, rank if per_rank else None))
+    reads = plan_reads(plan, wants)
+    seconds = perf_counter() - begun
+    needed = sum(want.piece.numel * want.tensor.itemsize for want in wants)
+    return LoadPlan(ranks, seconds, len(reads), needed, sum(file.nbytes for file in reads))
 
 
 class _RankZero(Coordinator):

@@ -196,6 +196,19 @@ def _print_planning(report: PlanReport) -> None:
     )
     print_table(("step", "median s"), [(s.name, f"{s.median_s:.4f}") for s in report.steps], numbers=("median s",))
     say()
+    loads = [
+        (
+            f"{load.ranks:,}",
+            f"{load.seconds:.4f}",
+            str(load.files),
+            size_text(load.bytes_needed),
+            f"{load.bytes_read / load.bytes_needed:.3f}x",
+        )
+        for load in report.loads
+    ]
+    headers = ("ranks that load", "median s to plan on one", "files", "needed", "reads alone")
+    print_table(headers, loads, numbers=headers)
+    say()
     found = {"planning_s": report.planning_s, "manifest_bytes": report.manifest_bytes, "reading_back_s": report.reading_back_s}
     bars = {bar.name: f"{_number(bar.bar)}, {'met' if bar.met else 'MISSED'}" for bar in report.bars}
     rows = [(name, _number(value), bars.get(name, "")) for name, value in found.items()]

@@ -79,10 +79,12 @@ def test_plan() -> None:
     report = json.loads(result.stdout)
     assert report.keys() == {
         *("benchmark", "machine", "model", "parameters", "tensors", "ranks", "steps", "planning_s", "manifest_bytes"),
-        *("reading_back_s", "bars", "peer"),
+        *("reading_back_s", "loads", "bars", "peer"),
     }
     assert (report["ranks"], report["model"], report["tensors"]) == (6, "llama-8b", 291 * 4 + 3)
     assert {step["name"].partition(":")[0] for step in report["steps"]} >= {"planning", "one rank"}
+    assert [load["ranks"] for load in report["loads"]] == [6, 3]
+    assert all(load["bytes_read"] >= load["bytes_needed"] > 0 for load in report["loads"])
     assert report["peer"]["ranks"] == 2
     assert report["peer"]["metadata_bytes"] > report["manifest_bytes"] / 10
 
