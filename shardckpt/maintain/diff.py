@@ -8,7 +8,7 @@ difference. What ranks saved each for itself is compared only when asked for, as
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from shardckpt.plan import Plan
 
 from .compare import Comparison, compare
 from .contents import Item, list_items, matches
-from .parts import MEMORY, Leaf, PartReader, check_memory, cut_batches, list_leaves
+from .parts import MEMORY, Leaf, Part, PartReader, check_memory, choose_rounds, cut_batches, list_leaves
 from .stored import Progress, StoredCheckpoint, no_progress
 
 
@@ -107,8 +107,10 @@ def diff(
     ]
     changed = {change.name for change in kinds}
     pairs, unlike = _pair_leaves(a, b, [name for name in common if name not in changed and items_a[name].layout])
-    with PartReader(a, memory) as reader_a, PartReader(b, memory) as reader_b:
-        tensors = list(_compare_pairs(pairs, reader_a, reader_b, memory, progress))
+    sides = [(a.checkpoint.plan, [pair.a for pair in pairs]), (b.checkpoint.plan, [pair.b for pair in pairs])]
+    batches = cut_batches(sides[0][1], memory, choose_rounds(sides, memory))
+    with PartReader(a) as reader_a, PartReader(b) as reader_b:
+        tensors = list(_compare_pairs(pairs, batches, reader_a, reader_b, progress))
         bytes_read = reader_a.bytes_read + reader_b.bytes_read
     return Difference(
         a=a.url,
@@ -179,24 +181,21 @@ def _leaf_text(leaf: Leaf) -> str:
 
 
 def _compare_pairs(
-    pairs: Sequence[_Pair], reader_a: PartReader, reader_b: PartReader, memory: int, progress: Progress
+    pairs: Sequence[_Pair], batches: Iterable[Sequence[Part]], reader_a: PartReader, reader_b: PartReader, progress: Progress
 ) -> Iterator[TensorDifference]:
+    """The pairs that differ; ``batches`` are those of the leaves of the first side."""
     total = 2 * sum(pair.a.nbytes for pair in pairs)
     done = 0
-    found = Comparison()
-    ended = iter(pairs)
-    # the leaves of a pair have the same size, so both sides are cut alike
-    batches = (cut_batches([pair.a for pair in pairs], memory), cut_batches([pair.b for pair in pairs], memory))
-    for batch_a, batch_b in zip(*batches, strict=True):
-        for part, x, y in zip(batch_a, reader_a.read(batch_a), reader_b.read(batch_b), strict=True):
-            found += compare(x, y, part.leaf.tensor.dtype)
+    found = [Comparison()] * len(pairs)
+    for batch in batches:
+        others = [replace(part, leaf=pairs[part.number].b) for part in batch]
+        for part, x, y in zip(batch, reader_a.read(batch), reader_b.read(others), strict=True):
+            found[part.number] += compare(x, y, part.leaf.tensor.dtype)
             done += 2 * part.nbytes
-            if part.is_last:
-                pair = next(ended)
-                if found.differing:
-                    yield _difference(pair, found)
-                found = Comparison()
         progress(done, total)
+    for pair, comparison in zip(pairs, found, strict=True):
+        if comparison.differing:
+            yield _difference(pair, comparison)
 
 
 def _difference(pair: _Pair, found: Comparison) -> TensorDifference:

@@ -9,7 +9,7 @@ the total unless it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import xxhash
 from shardckpt.manifest import encode_canonical
 
 from .contents import matches
-from .parts import MEMORY, Leaf, PartReader, check_memory, cut_batches, list_leaves
+from .parts import MEMORY, Leaf, Part, PartReader, check_memory, choose_rounds, cut_batches, list_leaves
 from .stored import Progress, StoredCheckpoint, no_progress
 
 
@@ -76,9 +76,10 @@ def digest_content(
     chosen = {name: plan.aliases.get(name, name) for name in (*plan.by_name, *plan.aliases) if matches(name, keys)}
     leaves = list_leaves(plan, chosen.values(), per_rank=True)
     by_name: dict[str, list[TensorDigest]] = {}
-    bytes_read = 0
-    with PartReader(stored, check_memory(memory)) as reader:
-        for found in _digest_leaves(reader, leaves, check_memory(memory), progress):
+    memory = check_memory(memory)
+    rounds = choose_rounds([(plan, leaves)], memory)
+    with PartReader(stored) as reader:
+        for found in _digest_leaves(reader, leaves, cut_batches(leaves, memory, rounds), progress):
             by_name.setdefault(found.name, []).append(found)
         bytes_read = reader.bytes_read
     digests = [replace(found, name=name) for name in sorted(chosen) for found in by_name.get(chosen[name], ())]
@@ -97,25 +98,24 @@ def digest_content(
     )
 
 
-def _digest_leaves(reader: PartReader, leaves: Sequence[Leaf], memory: int, progress: Progress) -> Iterator[TensorDigest]:
+def _digest_leaves(
+    reader: PartReader, leaves: Sequence[Leaf], batches: Iterable[Sequence[Part]], progress: Progress
+) -> list[TensorDigest]:
+    """The digests of all leaves, in their order; ``batches`` are theirs."""
     total = sum(leaf.nbytes for leaf in leaves)
     done = 0
-    hasher = xxhash.xxh3_128()
-    for batch in cut_batches(leaves, memory):
+    hashers = [xxhash.xxh3_128() for _ in leaves]
+    for batch in batches:
         for part, data in zip(batch, reader.read(batch), strict=True):
-            hasher.update(data.data)
+            hashers[part.number].update(data.data)
             done += part.nbytes
-            if part.is_last:
-                leaf = part.leaf
-                yield TensorDigest(
-                    name=leaf.tensor.name,
-                    rank=leaf.rank,
-                    dtype=leaf.tensor.dtype,
-                    shape=leaf.shape,
-                    digest=hasher.hexdigest(),
-                )
-                hasher.reset()
         progress(done, total)
+    return [
+        TensorDigest(
+            name=leaf.tensor.name, rank=leaf.rank, dtype=leaf.tensor.dtype, shape=leaf.shape, digest=hasher.hexdigest()
+        )
+        for leaf, hasher in zip(leaves, hashers, strict=True)
+    ]
 
 
 def _canonical_values(stored: StoredCheckpoint) -> list[tuple[str, str, Any]]:

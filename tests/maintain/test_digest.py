@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import shardckpt
 from shardckpt.errors import ChecksumMismatch, ConfigError
+from shardckpt.layout import Mesh, MeshLayout, Shard
 from shardckpt.maintain.digest import digest_content
-from shardckpt.maintain.parts import PartReader, cut_batches, list_leaves
+from shardckpt.maintain.parts import PartReader, choose_rounds, cut_batches, list_leaves
 from shardckpt.maintain.stored import StoredCheckpoint
 from shardckpt.plan import Plan
 from shardckpt.store import MemoryStore
-from tests.engine.simulate import Simulated, bits, save
+from tests.engine.simulate import Simulated, bits, by_hand, save
 from tests.engine.strategies import plans
 from tests.maintain.make import flip, opened, rank_file, save_plain, tensors, train
 from tests.ranks import RankPool
@@ -78,20 +79,42 @@ def test_every_layout_has_the_digest_of_the_whole(plan: Plan) -> None:
 
 
 @settings(max_examples=60)
-@given(plans(), st.integers(1, 40))
-def test_batches_hold_every_byte_once_in_order(plan: Plan, units: int) -> None:
+@given(plans(), st.integers(1, 40), st.integers(1, 9))
+def test_batches_hold_every_byte_once_in_order(plan: Plan, units: int, rounds: int) -> None:
     saved, stored = simulated(plan)
     leaves = list_leaves(plan, plan.by_name, per_rank=True)
-    memory = 16 * units
-    streams: dict[tuple[str, int | None], bytes] = {}
-    with PartReader(stored, memory) as reader:
-        for batch in cut_batches(leaves, memory):
-            assert sum(part.nbytes for part in batch) <= memory
+    streams = [b""] * len(leaves)
+    met = set()
+    with PartReader(stored) as reader:
+        for batch in cut_batches(leaves, 16 * units, rounds):
+            assert sum(part.nbytes for part in batch) <= 16 * units
             for part, data in zip(batch, reader.read(batch), strict=True):
-                key = (part.leaf.tensor.name, part.leaf.rank)
-                streams[key] = streams.get(key, b"") + data.tobytes()
-                assert part.is_last == (len(streams[key]) == part.leaf.nbytes)
-    assert streams == {key: bits(whole).numpy().tobytes() for key, whole in saved.wholes.items()}
+                assert part.leaf is leaves[part.number]
+                streams[part.number] += data.tobytes()
+                met.add(part.number)
+    wholes = [saved.wholes[leaf.tensor.name, leaf.rank] for leaf in leaves]
+    assert streams == [bits(whole).numpy().tobytes() for whole in wholes]
+    assert met == set(range(len(leaves)))
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_blocks_of_many_ranks_are_read_once(columns: int) -> None:
+    """Each rank has 2 KiB of each tensor, and a block is 64 KiB: one tensor after the other would read blocks many times."""
+    world_size, mib = 32, 1 << 20
+    mesh = Mesh(tuple(range(world_size)), (world_size // columns, columns))
+    layout = MeshLayout((256, 64), mesh, (Shard(0), Shard(1)))
+    plan = by_hand(world_size, {f"t{n:03}": ("float32", layout, (0, 1)) for n in range(128)}, 64 << 10)
+    leaves = list_leaves(plan, plan.by_name, per_rank=True)
+    assert choose_rounds([(plan, leaves)], 8 * mib) == 1
+    assert choose_rounds([(plan, leaves)], mib) == world_size // columns
+    _, stored = simulated(plan)
+    found = digest_content(stored, memory=mib)
+    assert found.bytes_read <= 1.05 * plan.total_bytes
+    assert found.tensors == digest_content(stored).tensors
+    with PartReader(stored) as reader:
+        for batch in cut_batches(leaves, mib):
+            reader.read(batch)
+        assert reader.bytes_read == 2 * plan.total_bytes
 
 
 def test_memory_changes_nothing_but_reads(tmp_path: Path) -> None:
