@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from .adapters.dtypes import dtype_name, dtype_named
@@ -63,7 +65,7 @@ class RestoreInfo:
     missing: tuple[str, ...]
     """Names that the target has and the checkpoint does not (``strict=False``); they keep their values."""
     unexpected: tuple[str, ...]
-    """Names that the checkpoint has below the target's keys and the target does not (``strict=False``)."""
+    """Names that the checkpoint has below the targets' keys and no rank's target does (``strict=False``)."""
     kept: tuple[str, ...]
     """Per-rank names that keep this rank's values, because the checkpoint is of fewer ranks."""
     metadata: Mapping[str, Any]
@@ -103,13 +105,19 @@ class Selection:
 
 
 class _Reads(msgspec.Struct):
+    """What one rank says of its target. Stored names are told as one bit each, in order."""
+
     needed: int
     direct: int
+    missing: tuple[str, ...]
+    used: bytes
+    unexpected: bytes
 
 
 class _Decision(msgspec.Struct):
     needed: int
     share: bool
+    unexpected: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,8 @@ class _Target:
     wanted: Sequence[LocalTensor]
     finish: Callable[[], Mapping[str, Any]]
     missing: Sequence[str] = ()
-    unexpected: Sequence[str] = ()
+    used: Collection[str] = ()
+    unexpected: Collection[str] = ()
     kept: Sequence[str] = ()
 
 
@@ -164,7 +173,9 @@ class Load:
                 destinations[len(destinations)] = Destination(leaf.data, wants[-1].piece)
             reads.extend(plan_reads(self._plan, wants))
             needed = sum(want.piece.numel * want.tensor.itemsize for want in wants)
-            return _PACK.encode(_Reads(needed, sum(file.nbytes for file in reads)))
+            used, unexpected = self._mark(targets[0].used), self._mark(targets[0].unexpected)
+            missing = tuple(targets[0].missing)
+            return _PACK.encode(_Reads(needed, sum(file.nbytes for file in reads), missing, used, unexpected))
 
         packed = coordinator.round("load: target", prepare, self._decide)
         decision = msgspec.msgpack.decode(packed, type=_Decision)
@@ -193,13 +204,41 @@ class Load:
         return self._report(targets[0], restored[0], decision, bytes_read)
 
     def _decide(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: whether to read every block once and pass it on."""
+        """On rank 0: whether the names fit, and whether to read every block once and pass it on."""
         reads = [msgspec.msgpack.decode(payload, type=_Reads) for payload in payloads]
+        unexpected = self._check_names(reads)
         needed, direct = sum(r.needed for r in reads), sum(r.direct for r in reads)
         wasteful = direct > AMPLIFICATION * needed
         repeated = self._coordinator.num_hosts > 1 and direct > AMPLIFICATION * self._plan.total_bytes
         share = {"auto": wasteful or repeated, "always": True, "never": False}[self._options.read_once]
-        return _PACK.encode(_Decision(needed, share and self._coordinator.world_size > 1))
+        return _PACK.encode(_Decision(needed, share and self._coordinator.world_size > 1, unexpected))
+
+    def _check_names(self, reads: Sequence[_Reads]) -> tuple[str, ...]:
+        """Names that some rank does not expect and no rank uses: pipeline stages hold different ones."""
+        used = np.bitwise_or.reduce([np.frombuffer(r.used, np.uint8) for r in reads])
+        unexpected = np.bitwise_or.reduce([np.frombuffer(r.unexpected, np.uint8) for r in reads])
+        extra = tuple(self._names[at] for at in np.unpackbits(unexpected & ~used, count=len(self._names)).nonzero()[0])
+        missing = sorted({name for r in reads for name in r.missing})
+        problems = [f"missing in the checkpoint: {_some(missing)}"] if missing else []
+        problems += [f"in the checkpoint but not in the target: {_some(extra)}"] if extra else []
+        if problems and self._selection.strict:
+            raise MissingNames(
+                f"{'; '.join(problems)}. Load with strict=False to leave these out, or choose names with keys=",
+                missing=missing,
+                unexpected=list(extra),
+            )
+        return extra
+
+    def _mark(self, chosen: Collection[str]) -> bytes:
+        """One bit for each stored name: whether it is in ``chosen``."""
+        found = set(chosen)
+        return np.packbits(np.array([name in found for name in self._names], dtype=bool)).tobytes()
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """All stored names, in an order that is the same on all ranks."""
+        manifest = self._checkpoint.manifest
+        return sorted([*manifest.tensors, *manifest.objects])
 
     def _report(self, target: _Target, state: Mapping[str, Any], decision: _Decision, bytes_read: int) -> Restored:
         manifest = self._checkpoint.manifest
@@ -211,7 +250,7 @@ class Load:
             read_once=decision.share,
             verified=True,
             missing=tuple(target.missing),
-            unexpected=tuple(target.unexpected),
+            unexpected=decision.unexpected,
             kept=tuple(target.kept),
             metadata=decode_value(manifest.metadata, "metadata"),
         )
@@ -221,17 +260,8 @@ class Load:
     # ---- targets
 
     def _open_target(self, state: Mapping[str, Any]) -> _Target:
-        index = self._index()
-        target = open_target(state, index, select=self._selection.takes)
-        problems = [f"missing in the checkpoint: {_some(target.missing)}"] if target.missing else []
-        problems += [f"in the checkpoint but not in the target: {_some(target.unexpected)}"] if target.unexpected else []
-        if problems and self._selection.strict:
-            raise MissingNames(
-                f"{'; '.join(problems)}. Load with strict=False to leave these out, or choose names with keys=",
-                missing=list(target.missing),
-                unexpected=list(target.unexpected),
-            )
-        return _Target(target.wanted, target.finish, target.missing, target.unexpected, target.kept)
+        target = open_target(state, self._index(), select=self._selection.takes)
+        return _Target(target.wanted, target.finish, target.missing, target.used, target.unexpected, target.kept)
 
     def _make_target(self) -> _Target:
         """A whole new state. What each rank saved for itself stands in it as a dict by rank."""

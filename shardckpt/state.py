@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from .adapters.adapter import Adapter
@@ -70,6 +70,11 @@ class Target:
     def missing(self) -> list[str]:
         """Names that the target wants and the checkpoint does not have. What they stand for stays as it is."""
         return self._opening.missing
+
+    @property
+    def used(self) -> Collection[str]:
+        """Stored names that this rank's target has a place for."""
+        return self._opening.used
 
     @property
     def unexpected(self) -> list[str]:
