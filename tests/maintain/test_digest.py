@@ -103,10 +103,10 @@ def test_blocks_of_many_ranks_are_read_once(columns: int) -> None:
     world_size, mib = 32, 1 << 20
     mesh = Mesh(tuple(range(world_size)), (world_size // columns, columns))
     layout = MeshLayout((256, 64), mesh, (Shard(0), Shard(1)))
-    plan = by_hand(world_size, {f"t{n:03}": ("float32", layout, (0, 1)) for n in range(128)}, 64 << 10)
+    plan = by_hand(world_size, {f"t{n:03}": ("float32", layout, (0, 1)) for n in range(64)}, 64 << 10)
     leaves = list_leaves(plan, plan.by_name, per_rank=True)
-    assert choose_rounds([(plan, leaves)], 8 * mib) == 1
-    assert choose_rounds([(plan, leaves)], mib) == world_size // columns
+    assert choose_rounds([(plan, leaves)], 4 * mib) == 1
+    assert choose_rounds([(plan, leaves)], mib) > 1
     _, stored = simulated(plan)
     found = digest_content(stored, memory=mib)
     assert found.bytes_read <= 1.05 * plan.total_bytes
