@@ -91,7 +91,7 @@ def age_text(created: str | None, modified: float) -> str:
     """How long ago something was saved; ``created`` is what its manifest says, ``modified`` what the storage says."""
     try:
         then = datetime.fromisoformat(created or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         then = modified
     seconds = max(0.0, datetime.now(timezone.utc).timestamp() - then)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
