@@ -19,6 +19,8 @@ from shardckpt.store.filesystem import FileSystem, closing
 from shardckpt.store.oserror import explained
 
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# How often a directory may disappear between being made and being used, while others prune beside it.
+_ATTEMPTS: Final = 100
 
 
 class Directories:
@@ -36,13 +38,17 @@ class Directories:
         """
         parent = os.path.dirname(directory)
         with explained("make directory", directory):
-            try:
-                self._fs.mkdir(directory)
-            except FileNotFoundError:
-                self.make(parent)
-                return self.make(directory)
-            except FileExistsError:
-                return self._require_directory(directory)
+            for attempt in range(_ATTEMPTS):
+                try:
+                    self._fs.mkdir(directory)
+                    break
+                except FileNotFoundError:
+                    # some file systems, such as /proc, say so although what is above is there
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+                    self.make(parent)
+                except FileExistsError:
+                    return self._require_directory(directory)
         return self.sync_if_there(parent)
 
     def sync(self, directory: str) -> None:
