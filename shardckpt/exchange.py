@@ -32,7 +32,7 @@ class Statement:
     shapes: dict[str, Ints]
     """Of its per-rank tensors."""
     values: dict[str, Any]
-    """Its replicated values, encoded, and anything else that must be equal on each rank that has it."""
+    """Its replicated values, encoded, and anything else that must be equal on each rank that has it. Keys are ``kind:name``."""
 
 
 class _Introduction(msgspec.Struct):
@@ -154,12 +154,13 @@ def _merge_values(contributions: list[tuple[int, bytes]]) -> dict[str, Any]:
             elif encode_canonical(merged[name]) != encode_canonical(value):
                 diverging.setdefault(name, [owner[name]]).append(rank)
     if diverging:
-        name, ranks = next(iter(sorted(diverging.items())))
+        names = [key.partition(":")[2] for key in sorted(diverging)]
+        ranks = diverging[min(diverging)]
         raise ReplicaDivergence(
-            f"value {name!r} differs between ranks, for example {ranks}"
+            f"value {names[0]!r} differs between ranks, for example {ranks}"
             + (f" (and so do {len(diverging) - 1} other values)" if len(diverging) > 1 else "")
             + ". A replicated value has to be equal on all ranks; one that is meant to differ goes into PerRank(...)",
-            names=sorted(diverging),
+            names=names,
             ranks=ranks,
         )
     return merged

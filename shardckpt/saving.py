@@ -85,7 +85,7 @@ class Saver:
             return Statement(
                 encode_table(sorted(state), described),
                 per_rank_shapes(described),
-                _encode_values(captured) | {"step": step, "metadata": encode_value(dict(metadata), "metadata")},
+                _encode_values(captured) | {"save:step": step, "save:metadata": encode_value(dict(metadata), "metadata")},
             )
 
         exchanged = exchange(self._coordinator, "save", make_statement, self._key)
@@ -173,11 +173,11 @@ def _encode_values(captured: Captured) -> dict[str, Any]:
 def _contents(exchanged: Exchanged) -> Contents:
     values = exchanged.values
     return Contents(
-        step=values["step"],
+        step=values["save:step"],
         attempt=exchanged.nonce,
         objects={name[7:]: value for name, value in values.items() if name.startswith("object:")},
         containers={name[10:]: value for name, value in values.items() if name.startswith("container:")},
-        metadata=values["metadata"],
+        metadata=values["save:metadata"],
         torch=str(torch.__version__),
     )
 

@@ -48,9 +48,9 @@ def test_shapes_of_ranks_are_told(ranks: RankPool) -> None:
 
 
 def test_values_are_put_together_on_rank_0(ranks: RankPool) -> None:
-    values = [{"common": [1], "first": True}, {"common": [1]}, {"common": [1], "last": {"x": "y"}}]
+    values = [{"o:common": [1], "o:first": True}, {"o:common": [1]}, {"o:common": [1], "o:last": {"x": "y"}}]
     found = ranks.run(3, exchange_once, "aaa", [{}] * 3, values)
-    assert found[0][0].values == {"common": [1], "first": True, "last": {"x": "y"}}
+    assert found[0][0].values == {"o:common": [1], "o:first": True, "o:last": {"x": "y"}}
     assert [exchanged.values for exchanged, _ in found[1:]] == values[1:]
 
 
@@ -70,7 +70,7 @@ def test_one_rank_alone_tells_itself(ranks: RankPool) -> None:
     ],
 )
 def test_values_that_differ_are_named(ranks: RankPool, values: list[Any], names: list[str], at: list[int]) -> None:
-    statements = [{"v": value, "other": 0} for value in values]
+    statements = [{"object:v": value, "object:other": 0} for value in values]
     for outcome in ranks.run_expecting_errors(3, exchange_once, "aaa", [{}] * 3, statements):
         assert isinstance(outcome, ReplicaDivergence)
         assert outcome.names == names
