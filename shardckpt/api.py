@@ -9,11 +9,12 @@ from typing import Any
 
 from .coordinate import Coordinator
 from .errors import ConfigError
-from .loading import Load, Restored, Selection
+from .loading import Load, Restored
 from .options import Options
 from .root import find_checkpoint
 from .saving import Saved, Saver
 from .store import open_store
+from .targets import Selection
 
 
 def save(

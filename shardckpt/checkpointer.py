@@ -14,12 +14,13 @@ import msgspec
 from .api import check_step
 from .coordinate import Coordinator
 from .errors import CheckpointerClosed, CheckpointNotFound, StoreError
-from .loading import Load, Restored, Selection
+from .loading import Load, Restored
 from .manifest import step_directory
 from .options import Options, Retention
 from .root import Root
 from .saving import Saved, Saver
 from .store import open_store
+from .targets import Selection
 
 logger = logging.getLogger("shardckpt")
 

@@ -5,45 +5,36 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
-from .adapters.dtypes import dtype_name, dtype_named
 from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
-from .errors import DtypeMismatch, InvalidManifest, MissingNames, ShapeMismatch, StateError
+from .errors import MissingNames
 from .exchange import Statement, exchange
-from .layout import PerRankShapes, Piece, Replicated
+from .layout import FlatLayout
 from .options import Options
-from .plan import PlannedTensor
 from .read import CheckpointFiles, Destination, read_into
 from .reshard import FileReads, Want, plan_reads
 from .share import SharedRead, SharedWant
-from .state import open_target
 from .store import Store
 from .tables import Described, encode_table, merge_tables
-from .tree import StoredIndex, StoredTensor, unflatten
+from .targets import LoadTarget, Selection, Targets
 from .validate import Checkpoint, parse_manifest
-from .values import Container, decode_value
+from .values import decode_value
 
 logger = logging.getLogger("shardckpt")
 _PACK = msgspec.msgpack.Encoder()
 
 AMPLIFICATION = 1.05
 """Bytes read per byte needed above which a load reads every block once and passes it on."""
-
-
-VALUE_LIMIT = 256 << 20
-"""Bytes; larger per-rank values are refused before memory is taken for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +77,6 @@ class Restored:
     """SHA-256 of the manifest, in hex."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """What is to be loaded, and how strictly."""
-
-    keys: Sequence[str] | None = None
-    """Shell patterns (``*``, ``?``, ``[...]``) of full names; None is all."""
-    strict: bool = True
-    """Whether names that are missing or unexpected are an error."""
-    convert_dtype: bool = False
-    """Whether a target of another dtype is filled with converted values."""
-    expect_digest: str | None = None
-    """The SHA-256 that the manifest must have."""
-
-    def takes(self, name: str) -> bool:
-        """Whether ``name`` is to be loaded."""
-        return self.keys is None or any(fnmatchcase(name, pattern) for pattern in self.keys)
-
-
 class _Reads(msgspec.Struct):
     """What one rank says of its target. Stored names are told as one bit each, in order."""
 
@@ -118,18 +91,6 @@ class _Decision(msgspec.Struct):
     needed: int
     share: bool
     unexpected: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """What one rank loads into."""
-
-    wanted: Sequence[LocalTensor]
-    finish: Callable[[], Mapping[str, Any]]
-    missing: Sequence[str] = ()
-    used: Collection[str] = ()
-    unexpected: Collection[str] = ()
-    kept: Sequence[str] = ()
 
 
 class Load:
@@ -153,6 +114,7 @@ class Load:
         self._checkpoint = checkpoints[0] if checkpoints else parse_manifest(data)
         self._plan = self._checkpoint.plan
         self._files = CheckpointFiles(store, prefix, self._checkpoint)
+        self._targets = Targets(self._checkpoint, self._files, coordinator.rank, selection)
 
     def run(self, state: Mapping[str, Any] | None) -> Restored:
         """Load into ``state`` in place, or, when it is None, into a new state of plain CPU tensors."""
@@ -161,15 +123,15 @@ class Load:
 
     def _run(self, state: Mapping[str, Any] | None) -> Restored:
         coordinator = self._coordinator
-        targets: list[_Target] = []
+        targets: list[LoadTarget] = []
         wants: list[Want] = []
         destinations: dict[int, Destination] = {}
         reads: list[FileReads] = []
 
         def prepare() -> bytes:
-            targets.append(self._make_target() if state is None else self._open_target(state))
+            targets.append(self._targets.make() if state is None else self._targets.open(state))
             for leaf in targets[0].wanted:
-                wants.append(self._want(len(wants), leaf))
+                wants.append(self._targets.want(len(wants), leaf))
                 destinations[len(destinations)] = Destination(leaf.data, wants[-1].piece)
             reads.extend(plan_reads(self._plan, wants))
             needed = sum(want.piece.numel * want.tensor.itemsize for want in wants)
@@ -179,12 +141,13 @@ class Load:
 
         packed = coordinator.round("load: target", prepare, self._decide)
         decision = msgspec.msgpack.decode(packed, type=_Decision)
-        shared = self._share(targets[0].wanted, wants, destinations) if decision.share else None
+        wanted = targets[0].wanted
+        shared = self._share(wanted, wants, destinations) if decision.share else None
 
         def read() -> bytes:
             if shared is not None:
                 shared.run()
-                direct = plan_reads(self._plan, [want for want in wants if want.rank is not None])
+                direct = plan_reads(self._plan, [w for w, leaf in zip(wants, wanted, strict=True) if not _is_shared(leaf)])
             else:
                 direct = reads
             read_into(self._files, direct, destinations, workers=self._options.workers)
@@ -240,7 +203,7 @@ class Load:
         manifest = self._checkpoint.manifest
         return sorted([*manifest.tensors, *manifest.objects])
 
-    def _report(self, target: _Target, state: Mapping[str, Any], decision: _Decision, bytes_read: int) -> Restored:
+    def _report(self, target: LoadTarget, state: Mapping[str, Any], decision: _Decision, bytes_read: int) -> Restored:
         manifest = self._checkpoint.manifest
         info = RestoreInfo(
             world_size=manifest.world_size,
@@ -257,110 +220,6 @@ class Load:
         logger.info("loaded %s/%s: %.3f GB read in %.2f s", self._store.url, self._prefix, bytes_read / 1e9, info.seconds)
         return Restored(manifest.step, state, info, self._checkpoint.digest)
 
-    # ---- targets
-
-    def _open_target(self, state: Mapping[str, Any]) -> _Target:
-        target = open_target(state, self._index(), select=self._selection.takes)
-        return _Target(target.wanted, target.finish, target.missing, target.used, target.unexpected, target.kept)
-
-    def _make_target(self) -> _Target:
-        """A whole new state. What each rank saved for itself stands in it as a dict by rank."""
-        self._files.require_sizes()
-        leaves: dict[str, Any] = {}
-        wanted = []
-        for tensor in self._plan.tensors:
-            if not self._selection.takes(tensor.name):
-                continue
-            if isinstance(tensor.layout, PerRankShapes):
-                ranks = [r for r in range(self._plan.world_size) if tensor.layout.shape_of(r) is not None]
-                if tensor.is_value:
-                    found = {rank: self._read_value(tensor, rank) for rank in ranks}
-                    if not any(isinstance(value, Container) for value in found.values()):
-                        leaves[tensor.name] = found
-                    continue
-                by_rank = {
-                    rank: torch.empty(tensor.layout.shape_of(rank) or (), dtype=dtype_named(tensor.dtype)) for rank in ranks
-                }
-                wanted += [LocalTensor(tensor.name, t, Replicated(tuple(t.shape)), source_rank=r) for r, t in by_rank.items()]
-                leaves[tensor.name] = by_rank
-            else:
-                whole = torch.empty(tensor.shape, dtype=dtype_named(tensor.dtype))
-                wanted.append(LocalTensor(tensor.name, whole, Replicated(tensor.shape)))
-                leaves[tensor.name] = whole
-        index = self._index()
-        leaves |= {name: value for name, value in index.values.items() if self._selection.takes(name)}
-        for name, canonical in index.aliases.items():
-            if self._selection.takes(name) and canonical in leaves:
-                leaves[name] = leaves[canonical]
-        return _Target(wanted, lambda: unflatten(leaves, index.containers))
-
-    def _index(self) -> StoredIndex:
-        """What the checkpoint holds, as this rank needs to know it before any tensor is read."""
-        manifest, rank = self._checkpoint.manifest, self._coordinator.rank
-        values = (
-            [t for t in self._plan.tensors if t.is_value and t.stored(rank) is not None] if rank < manifest.world_size else []
-        )
-        return StoredIndex(
-            world_size=manifest.world_size,
-            tensors={t.name: StoredTensor(t.dtype, t.layout) for t in self._plan.tensors if not t.is_value},
-            aliases=self._plan.aliases,
-            values={name: decode_value(value, name) for name, value in manifest.objects.items()},
-            per_rank_values={t.name: self._read_value(t, rank) for t in values},
-            containers=_decode_containers(manifest.containers),
-        )
-
-    def _read_value(self, tensor: PlannedTensor, rank: int) -> Any:
-        """A value that ``rank`` saved for itself."""
-        piece = tensor.stored(rank)
-        if piece is None:
-            raise InvalidManifest(f"invalid manifest: value {tensor.name!r} of rank {rank} is empty", name=tensor.name)
-        if piece.numel > VALUE_LIMIT:
-            raise InvalidManifest(f"invalid manifest: value {tensor.name!r} has {piece.numel} bytes", name=tensor.name)
-        text = torch.empty(piece.numel, dtype=torch.uint8)
-        reads = plan_reads(self._plan, [Want(0, tensor, piece, rank)])
-        read_into(self._files, reads, {0: Destination(text, piece)}, workers=1)
-        try:
-            return decode_value(msgspec.json.decode(text.numpy().tobytes()), tensor.name)
-        except msgspec.DecodeError as error:
-            raise InvalidManifest(f"value {tensor.name!r} of rank {rank} is not JSON: {error}", name=tensor.name) from None
-
-    def _want(self, key: int, leaf: LocalTensor) -> Want:
-        tensor = self._plan.by_name[leaf.name]
-        self._check_fit(tensor, leaf)
-        if leaf.source_rank is not None:
-            piece: Piece | None = Piece.box((0,) * leaf.data.dim(), tuple(leaf.data.shape))
-        else:
-            piece = leaf.layout.piece(self._coordinator.rank)
-        if piece is None:
-            raise StateError(f"{leaf.name!r}: its layout gives rank {self._coordinator.rank} nothing", name=leaf.name)
-        if piece.is_window and not leaf.data.is_contiguous():
-            raise StateError(f"{leaf.name!r}: a flat slice has to be contiguous to be loaded into", name=leaf.name)
-        return Want(key, tensor, piece, leaf.source_rank)
-
-    def _check_fit(self, tensor: PlannedTensor, leaf: LocalTensor) -> None:
-        stored_shape = tensor.shape
-        if isinstance(tensor.layout, PerRankShapes) and leaf.source_rank is not None:
-            stored_shape = tensor.layout.shape_of(leaf.source_rank) or ()
-        if stored_shape != leaf.layout.shape:
-            raise ShapeMismatch(
-                f"{leaf.name!r} has shape {list(stored_shape)} in the checkpoint and {list(leaf.layout.shape)} in the "
-                "target. Build the model with the stored shape, or leave the name out with keys=",
-                name=leaf.name,
-                stored=list(stored_shape),
-                target=list(leaf.layout.shape),
-            )
-        target_dtype = dtype_name(leaf.data.dtype)
-        if target_dtype != tensor.dtype and not self._selection.convert_dtype:
-            raise DtypeMismatch(
-                f"{leaf.name!r} is {tensor.dtype} in the checkpoint and {target_dtype} in the target. "
-                "Load with convert_dtype=True to convert, or build the target with the stored dtype",
-                name=leaf.name,
-                stored=tensor.dtype,
-                target=target_dtype,
-            )
-
-    # ---- reading once
-
     def _share(
         self, wanted: Sequence[LocalTensor], wants: Sequence[Want], destinations: Mapping[int, Destination]
     ) -> SharedRead:
@@ -369,7 +228,7 @@ class Load:
         mine: dict[str, Destination] = {}
         times: Counter[str] = Counter()
         for leaf, want in zip(wanted, wants, strict=True):
-            if want.rank is None:
+            if _is_shared(leaf):
                 # a name may be wanted more than once (tied weights that are not tied here): each time is a want of its own
                 name = f"{times[leaf.name]}:{leaf.name}"
                 times[leaf.name] += 1
@@ -386,12 +245,9 @@ class Load:
         return SharedRead(self._files, self._plan, shared, by_key, self._coordinator.exchange_group())
 
 
-def _decode_containers(records: Mapping[str, Any]) -> dict[str, Container]:
-    decoded = {name: decode_value(record, name) for name, record in records.items()}
-    for name, container in decoded.items():
-        if not isinstance(container, Container):
-            raise InvalidManifest(f"invalid manifest: containers: {name!r} is not a container", name=name)
-    return decoded
+def _is_shared(leaf: LocalTensor) -> bool:
+    """Whether a leaf can be read once for all ranks. Flat slices may overlap between replica groups, and are contiguous."""
+    return leaf.source_rank is None and not isinstance(leaf.layout, FlatLayout)
 
 
 def _some(names: Sequence[str]) -> str:

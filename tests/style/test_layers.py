@@ -20,7 +20,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("movement", {"stage", "write", "read", "share"}),
     ("protocol", {"wire", "meeting", "coordinate", "exchange", "commit", "root"}),
     ("outside formats and upkeep", {"interop", "maintain"}),
-    ("pipeline", {"saving", "loading", "api"}),
+    ("pipeline", {"targets", "saving", "loading", "api"}),
     ("policy", {"checkpointer"}),
     ("the package", {""}),
     ("measurement", {"bench"}),
