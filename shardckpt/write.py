@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write one rank's file: pieces back to back behind a safetensors header, hashed while they are in cache.
 
-The format of the file is https://huggingface.co/docs/safetensors: 8 bytes of header length, a JSON header padded with
-spaces, data. It is cut into chunks that a few threads stage, hash and write independently of each other.
+The data region is cut into chunks that a few threads stage, hash and write independently of each other.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from time import perf_counter
 import msgspec
 import torch
 
-from .checksum import DIGEST_BYTES, blocks_of, digest
-from .layout import Piece, safetensors_code
-from .manifest import HEADER_ALIGNMENT, encode_canonical
+from .checksum import blocks_of, digest
+from .header import safetensors_header
 from .plan import FilePiece, Plan
 from .stage import CHUNK, Buffer, BufferPool, gather
 from .store import FileWriter, Store
@@ -118,35 +116,3 @@ def _write_header(writer: FileWriter, header: bytes, pool: BufferPool) -> None:
             part = header[at : at + pool.size]
             buffer.bytes[: len(part)] = part
             writer.write_at(at, buffer.bytes[: len(part)])
-
-
-def safetensors_header(pieces: Sequence[FilePiece]) -> bytes:
-    """The header of a rank file, padded so that data starts at a multiple of `HEADER_ALIGNMENT`."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for found in pieces:
-        code, factor = safetensors_code(found.tensor.dtype)
-        shape = list(found.piece.shape)
-        if factor > 1:
-            shape.append(factor)
-        entries[_entry_name(found)] = {
-            "dtype": code,
-            "shape": shape,
-            "data_offsets": [found.offset, found.offset + found.nbytes],
-        }
-    text = encode_canonical(entries)
-    length = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
-    return (length - 8).to_bytes(8, "little") + text.ljust(length - 8)
-
-
-def _entry_name(found: FilePiece) -> str:
-    """The tensor's name; of a piece, with a suffix that says which part, so that each entry tells what it is."""
-    name, piece = found.tensor.name, found.piece
-    if piece == Piece.box((0,) * len(found.tensor.shape), found.tensor.shape) and name != "__metadata__":
-        return name
-    box = ",".join("+".join(f"{start}:{stop}" for start, stop in dim) for dim in piece.grid)
-    return f"{name}@{box}[{piece.start}:{piece.stop}]" if piece.is_window else f"{name}@{box}"
-
-
-def digest_count(receipt: Receipt) -> int:
-    """Number of block digests in a receipt."""
-    return len(receipt.digests) // DIGEST_BYTES

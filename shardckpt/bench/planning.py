@@ -21,6 +21,7 @@ from ..checksum import DIGEST_BYTES
 from ..commit import Contents, build_manifest
 from ..coordinate import Coordinator
 from ..exchange import Exchanged, Statement, exchange
+from ..header import safetensors_header
 from ..layout import Ints, Mesh, MeshLayout, PerRankLayout, Replicated, Shard
 from ..manifest import rank_file_name
 from ..plan import Plan, make_plan
@@ -28,7 +29,7 @@ from ..reshard import Want, plan_reads
 from ..tables import Described, encode_table, merge_tables, per_rank_shapes
 from ..validate import parse_manifest
 from ..wire import Wire
-from ..write import Receipt, safetensors_header
+from ..write import Receipt
 from .launch import OnProgress, Progress, run_ranks
 from .machine import Machine, describe_machine
 from .planning_peer import PeerPlanning, plan_peer

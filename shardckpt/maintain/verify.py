@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from shardckpt.checksum import DIGEST_BYTES, blocks_of, digest
 from shardckpt.errors import CheckpointError
+from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.reshard import Extent
 from shardckpt.stage import CHUNK, BufferPool
 from shardckpt.store import FileReader, Store
-from shardckpt.write import safetensors_header
 
 from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint
 

@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from shardckpt.checksum import blocks_of, digest
 from shardckpt.errors import StorageFull, StoreError
+from shardckpt.header import safetensors_header
 from shardckpt.layout import ITEMSIZE, Mesh, MeshLayout, PerRankShapes, Replicate, Shard, StridedShard
 from shardckpt.manifest import HEADER_ALIGNMENT
 from shardckpt.plan import Plan
 from shardckpt.store import FileWriter, LocalStore, MemoryStore
-from shardckpt.write import digest_count, safetensors_header, write_rank_file
+from shardckpt.write import write_rank_file
 from tests.engine.simulate import by_hand, local_tensors, part, random_tensors, same_bits, save
 from tests.store.faults import FaultyFileSystem
 
@@ -111,7 +112,7 @@ def test_receipts_have_the_digests_of_all_blocks() -> None:
         assert receipt.header == digest(data[: receipt.data]).hex()
         expected = [digest(body[block.start : block.stop]) for block in blocks_of(0, len(body), 1 << 16)]
         assert receipt.digests == b"".join(expected)
-        assert digest_count(receipt) == len(expected)
+        assert len(receipt.digests) // 8 == len(expected)
 
 
 def test_a_rank_without_data_writes_a_file_too(tmp_path: Path) -> None:
