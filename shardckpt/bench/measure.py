@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from ..errors import ConfigError
 from .contest import Job, load_rounds, save_once, save_rounds
 from .launch import OnProgress, Progress, run_ranks
 from .machine import describe_machine
@@ -20,7 +22,7 @@ def ignore_progress(progress: Progress) -> None:
 
 def measure_save(spec: SaveSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
     """Time durable saves. Files go under ``folder``, and are removed. Raises `BenchmarkFailed`."""
-    with _scratch(folder) as scratch:
+    with _scratch(folder, 2 * spec.nbytes) as scratch:
         job = Job(folder=scratch, nbytes=spec.nbytes, rounds=spec.rounds)
         outcome = run_ranks(spec.ranks, save_rounds, job, on_progress)[0]
         case = Case(from_ranks=spec.ranks, to_ranks=spec.ranks)
@@ -47,7 +49,7 @@ def _measure_loads(
     folder: str,
     on_progress: OnProgress,
 ) -> Report:
-    with _scratch(folder) as scratch:
+    with _scratch(folder, 4 * spec.nbytes) as scratch:
         saving = Job(folder=scratch, nbytes=spec.nbytes)
         saved = run_ranks(spec.ranks, save_once, saving, on_progress)[0]
         lines: list[Line] = []
@@ -61,7 +63,19 @@ def _measure_loads(
 
 
 @contextmanager
-def _scratch(folder: str) -> Iterator[str]:
-    """A new folder in ``folder``, which is gone afterwards whatever happens."""
-    with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=folder, ignore_cleanup_errors=True) as scratch:
+def _scratch(folder: str, nbytes: int) -> Iterator[str]:
+    """A new folder in ``folder``, with room for ``nbytes`` bytes, which is gone afterwards whatever happens."""
+    try:
+        free = shutil.disk_usage(folder).free
+        scratch = tempfile.mkdtemp(prefix="shardckpt-bench-", dir=folder)
+    except OSError as error:
+        raise ConfigError(f"cannot make a folder in {folder!r}: {error.strerror}; give a writable one with --dir") from None
+    try:
+        if free < nbytes:
+            raise ConfigError(
+                f"{folder!r} has {free / 1e9:.1f} GB free, and the files need {nbytes / 1e9:.1f} GB for a while; "
+                "choose a smaller --size or another --dir"
+            )
         yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

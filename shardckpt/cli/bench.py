@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from shardckpt.errors import ConfigError
 
+from .arguments import AsJson
 from .output import count_text, print_json, print_table, say, size_text
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Ranks = Annotated[int, typer.Option(help="Processes that save.", min=1)]
 Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.", min=1)]
 Folder = Annotated[str, typer.Option("--dir", help="Where files go for a while: a disk with room for three states, no tmpfs.")]
 Caches = Annotated[str, typer.Option("--cache", help="State of the page cache when a load begins: warm, cold or warm,cold.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command()
@@ -44,7 +44,7 @@ def save(size: Size = "2.9GB", ranks: Ranks = 2, rounds: Rounds = 5, directory: 
     from shardckpt.bench import SaveSpec, measure_save, parse_size
 
     spec = SaveSpec(nbytes=parse_size(size), ranks=ranks, rounds=rounds)
-    with _progress_shown() as show:
+    with _progress_shown(hidden=as_json) as show:
         report = measure_save(spec, directory, show)
     _print(report, as_json)
 
@@ -62,7 +62,7 @@ def load(
     from shardckpt.bench import LoadSpec, measure_load, parse_size
 
     spec = LoadSpec(nbytes=parse_size(size), ranks=ranks, rounds=rounds, caches=_caches(cache))
-    with _progress_shown() as show:
+    with _progress_shown(hidden=as_json) as show:
         report = measure_load(spec, directory, show)
     _print(report, as_json)
 
@@ -89,7 +89,7 @@ def reshard(
         rounds=rounds,
         caches=_caches(cache),
     )
-    with _progress_shown() as show:
+    with _progress_shown(hidden=as_json) as show:
         report = measure_reshard(spec, directory, show)
     _print(report, as_json)
 
@@ -108,7 +108,7 @@ def plan(
     from shardckpt.bench import PlanSpec, measure_planning
 
     spec = PlanSpec(ranks=ranks, model=model, rounds=rounds, peer_ranks=peer_ranks if peer else 0)
-    with _progress_shown() as show:
+    with _progress_shown(hidden=as_json) as show:
         report = measure_planning(spec, directory, show)
     if as_json:
         print_json(report)
@@ -134,16 +134,17 @@ def _caches(text: str) -> tuple[Cache, ...]:
 
 
 @contextmanager
-def _progress_shown() -> Iterator[Callable[[Step], None]]:
+def _progress_shown(*, hidden: bool) -> Iterator[Callable[[Step], None]]:
     """Shows on stderr how far the benchmark has come. A run that is terminated still removes its files."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
     columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    console = Console(file=sys.stderr)
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bar:
             task = bar.add_task("starting", total=None)
             yield lambda step: bar.update(task, completed=step.done, total=step.total, description=step.doing)
     finally:

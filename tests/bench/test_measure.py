@@ -12,7 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from shardckpt.bench import BenchmarkFailed, Progress, ReshardSpec, measure_reshard
+from shardckpt import ConfigError
+from shardckpt.bench import BenchmarkFailed, Progress, ReshardSpec, SaveSpec, measure_reshard, measure_save
 from shardckpt.bench.contest import Contest, Job
 from shardckpt.bench.contestants import Contestant, Engine
 from shardckpt.bench.launch import OnProgress, run_ranks
@@ -132,8 +133,12 @@ def test_ranks_that_fail_are_named_and_the_others_ended(how: str, problem: str) 
     assert caught.value.details["rank"] == 1
 
 
-def test_failed_benchmarks_leave_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "nbytes", "problem"),
+    [("file", 400_000, "Not a directory"), ("missing", 400_000, "No such file"), (".", 10**16, "GB free")],
+)
+def test_folders_that_will_not_do(tmp_path: Path, folder: str, nbytes: int, problem: str) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError):
-        measure_reshard(ReshardSpec(nbytes=400_000), str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=problem):
+        measure_save(SaveSpec(nbytes=nbytes), str(tmp_path / folder))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
