@@ -134,7 +134,8 @@ def parallelize(model: nn.Module, kind: str) -> tuple[nn.Module, int]:
     """The model under a kind of parallelism over all ranks, and which data this rank sees."""
     rank, size = dist.get_rank(), dist.get_world_size()
     if kind in ("ddp", "zero"):
-        return DistributedDataParallel(model), rank
+        # DDP reorders gradients after its first step, except so; sums over three ranks and more then round otherwise
+        return DistributedDataParallel(model, find_unused_parameters=True), rank
     if kind == "fsdp2":
         shard(model, init_device_mesh("cpu", (size,)))
     elif kind == "hsdp":
