@@ -131,7 +131,12 @@ def load_sharded(root: str, rows: int, dim: int, read_once: str) -> tuple[Any, A
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     target = distribute_tensor(torch.zeros(rows, 100), mesh, [Shard(dim)])
     plain = torch.zeros(1000)
-    info = shardckpt.load(root, into={"w": target, "r": plain}, options=Options(read_once=read_once)).info  # type: ignore[arg-type]
+    options = Options(read_once=read_once)  # type: ignore[arg-type]
+    try:
+        info = shardckpt.load(root, into={"w": target, "r": plain}, options=options).info
+    except (MissingFile, TruncatedFile):
+        assert not target.to_local().any() and not plain.any(), "something was placed before the file was looked at"
+        raise
     whole = torch.arange(rows * 100, dtype=torch.float32).view(rows, 100)
     expected = distribute_tensor(whole, mesh, [Shard(dim)]).to_local()
     return torch.equal(target.to_local(), expected) and torch.equal(plain, torch.arange(1000.0)), info
