@@ -25,6 +25,7 @@ from .stage import Buffer
 
 TURN_BYTES = 32 << 20
 """Bytes; upper bound of what a rank sends in one turn, if a digest block allows it."""
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class SharedRead:
                 if turn + 1 < len(turns):
                     ahead = thread.submit(self._read, turns[turn + 1], buffers[(turn + 1) % 2])
                 expected = [incoming.get((sender, turn), []) for sender in range(self._world_size)]
-                received = self._exchange(self._plan_outgoing(chunk), expected, chunk, buffer)
+                received = self._exchange(self._plan_outgoing(chunk), expected, chunk, buffer, is_good=error is None)
                 if error is None:
                     self._unpack(received, expected)
         if error is not None:
@@ -184,14 +185,21 @@ class SharedRead:
         return incoming
 
     def _exchange(
-        self, outgoing: list[list[_Parcel]], expected: list[list[_Parcel]], chunk: Chunk | None, buffer: Buffer
+        self,
+        outgoing: list[list[_Parcel]],
+        expected: list[list[_Parcel]],
+        chunk: Chunk | None,
+        buffer: Buffer,
+        *,
+        is_good: bool,
     ) -> torch.Tensor:
-        send_sizes = [_padded(sum(parcel.nbytes for parcel in parcels)) for parcels in outgoing]
-        receive_sizes = [_padded(sum(parcel.nbytes for parcel in parcels)) for parcels in expected]
+        """What all ranks send to this one. What a rank sends starts with whether its read was good."""
+        send_sizes, receive_sizes = [_size(parcels) for parcels in outgoing], [_size(parcels) for parcels in expected]
         send = torch.empty(sum(send_sizes), dtype=torch.uint8)
         at = 0
         for parcels, size in zip(outgoing, send_sizes, strict=True):
-            position = at
+            send[at] = is_good
+            position = at + _ALIGNMENT
             for parcel in parcels:
                 position = _pack(parcel, chunk, buffer, send, position)
             at += size
@@ -200,16 +208,17 @@ class SharedRead:
         return received
 
     def _unpack(self, received: torch.Tensor, expected: list[list[_Parcel]]) -> None:
-        at = 0
+        start = 0
         for parcels in expected:
-            for parcel in parcels:
+            at = start + _ALIGNMENT
+            for parcel in parcels if received[start] else ():
                 dtype = getattr(torch, parcel.want.tensor.dtype)
                 for copy in intersect(parcel.part, parcel.piece):
                     stop = at + prod(copy.sizes) * dtype.itemsize
                     elements = received[at:stop].view(dtype).view(copy.sizes)
                     put(self._destinations[parcel.want.key], copy, elements)
                     at = stop
-            at = _padded(at)
+            start += _size(parcels)
 
 
 def _pack(parcel: _Parcel, chunk: Chunk | None, buffer: Buffer, send: torch.Tensor, position: int) -> int:
@@ -225,9 +234,9 @@ def _pack(parcel: _Parcel, chunk: Chunk | None, buffer: Buffer, send: torch.Tens
     return position
 
 
-def _padded(size: int) -> int:
-    """Each rank's bytes start at a multiple of 16, so that they can be viewed as any dtype."""
-    return -(-size // 16) * 16
+def _size(parcels: Sequence[_Parcel]) -> int:
+    """Bytes that one rank sends to another: a status, the parcels, and padding, so that all can be viewed as any dtype."""
+    return _ALIGNMENT + -(-sum(parcel.nbytes for parcel in parcels) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _wanted_over(layout: GlobalLayout, part: Piece) -> Iterator[tuple[int, Piece]]:
