@@ -30,22 +30,27 @@ _spaces_lock = threading.Lock()
 
 
 class MemoryStore(Store):
-    """The files of the space ``name``, which all stores of that name in this process share."""
+    """The files of a space, which all stores of that name in this process share.
+
+    ``name`` is that of the space, or of a directory in it: ``run42/step-00000001``.
+    """
 
     def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
         self.url = f"memory://{name}"
         self._clock = clock
+        space, _, directory = name.strip("/").partition("/")
+        self._directory = f"{directory}/" if directory else ""
         with _spaces_lock:
-            self._space = _spaces.setdefault(name, _Space())
+            self._space = _spaces.setdefault(space, _Space())
 
     def create(self, name: str, size: int) -> FileWriter:
         file = self._add(name, bytearray(size))
         return _MemoryWriter(name, size, file, self)
 
     def open(self, name: str) -> FileReader:
-        check_name(name)
+        path = self._directory + check_name(name)
         with self._space.lock:
-            file = self._space.files.get(name)
+            file = self._space.files.get(path)
         if file is None:
             raise MissingFile(f"cannot open {name!r} in {self.url}: it was deleted or never written", name=name)
         return _MemoryReader(name, file)
@@ -54,20 +59,22 @@ class MemoryStore(Store):
         self._add(name, bytearray(data))
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
-        start = f"{check_name(prefix)}/" if prefix else ""
+        start = self._directory + (f"{check_name(prefix)}/" if prefix else "")
         with self._space.lock:
             files = sorted(self._space.files.items())
-        return [Entry(name, len(file.data), file.modified) for name, file in files if name.startswith(start)]
+        skipped = len(self._directory)
+        return [Entry(path[skipped:], len(file.data), file.modified) for path, file in files if path.startswith(start)]
 
     def delete(self, name: str) -> None:
-        check_name(name)
+        path = self._directory + check_name(name)
         with self._space.lock:
-            self._space.files.pop(name, None)
+            self._space.files.pop(path, None)
 
     def _add(self, name: str, data: bytearray) -> _File:
         file = _File(data, self._clock())
+        path = self._directory + check_name(name)
         with self._space.lock:
-            if self._space.files.setdefault(check_name(name), file) is not file:
+            if self._space.files.setdefault(path, file) is not file:
                 raise AlreadyExists(
                     f"cannot create {name!r} in {self.url}: it exists, and is never overwritten: use another step "
                     "or root, or delete it first",

@@ -155,6 +155,11 @@ def test_memory_urls() -> None:
     shardckpt.save("memory://api/one", {"x": torch.arange(3)}, step=4)
     restored = shardckpt.load("memory://api/one")
     assert (restored.step, restored.state["x"].tolist()) == (4, [0, 1, 2])
+    with shardckpt.Checkpointer("memory://api/run") as ckpt:
+        saved = ckpt.save(3, {"x": 1}).result()
+        assert ckpt.steps() == [3]
+    assert shardckpt.load("memory://api/run").state == {"x": 1}
+    assert shardckpt.load(saved.url).digest == saved.digest
 
 
 def test_a_digest_can_be_asked_for(tmp_path: Path) -> None:
@@ -232,6 +237,12 @@ def test_keys_choose_names(three: Path, keys: list[str], names: dict[str, Any]) 
     assert filled == {f"{key}/{leaf}" for key, leaves in names.items() for leaf in leaves or ()} | {
         key for key, leaves in names.items() if leaves is None
     }
+
+
+@pytest.mark.parametrize("keys", ["model/*", b"a", [1], iter(["a"]), 3])
+def test_keys_are_a_list_of_patterns(three: Path, keys: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is not a list of patterns; write keys=\['model/\*'\]"):
+        shardckpt.load(three, keys=keys)
 
 
 def _at(tree: Any, name: str) -> Any:
