@@ -13,7 +13,7 @@ import torch
 
 from .adapters.dtypes import dtype_name, dtype_named
 from .describe import LocalTensor
-from .errors import DtypeMismatch, InvalidManifest, ShapeMismatch, StateError
+from .errors import ConfigError, DtypeMismatch, InvalidManifest, ShapeMismatch, StateError
 from .layout import PerRankShapes, Piece, Replicated
 from .plan import PlannedTensor
 from .read import CheckpointFiles, Destination, read_into
@@ -39,6 +39,13 @@ class Selection:
     """Whether a target of another dtype is filled with converted values."""
     expect_digest: str | None = None
     """The SHA-256 that the manifest must have."""
+
+    def __post_init__(self) -> None:
+        keys = self.keys
+        if keys is None or (isinstance(keys, Collection) and not isinstance(keys, str) and all(type(k) is str for k in keys)):
+            return
+        # one pattern as a plain str would be taken letter by letter, and its "*" for everything
+        raise ConfigError(f"keys={keys!r} is not a list of patterns; write keys=['model/*']")
 
     def takes(self, name: str) -> bool:
         """Whether ``name`` is to be loaded."""

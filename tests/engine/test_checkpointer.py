@@ -88,6 +88,22 @@ def test_attempts_without_a_manifest_are_not_steps(root: Path) -> None:
         assert shardckpt.load(root).state["step"] == 2
 
 
+def test_a_damaged_newest_step_is_not_passed_over(root: Path) -> None:
+    """An older one is restored only when it is asked for."""
+    with shardckpt.Checkpointer(root) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, a_state(step))
+        manifest = root / "step-00000002" / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes()[:-10])
+        state = a_state(0)
+        with pytest.raises(shardckpt.InvalidManifest):
+            ckpt.restore(state)
+        assert state["step"] == 0
+        restored = ckpt.restore(state, step=1)
+        assert restored is not None
+        assert state["step"] == 1
+
+
 # ---- retention
 
 
@@ -262,9 +278,25 @@ def test_a_root_that_is_a_file(root: Path) -> None:
     assert root.read_text() == "a file"
 
 
-def test_two_checkpoints_of_one_root_on_ranks(ranks: RankPool, root: Path) -> None:
+def test_retention_on_ranks(ranks: RankPool, root: Path) -> None:
     for steps in ranks.run(2, keep_two, str(root)):
         assert steps == [[0], [0, 1], [1, 2], [2, 3]]
+
+
+def interleave(first: str, second: str) -> tuple[int, int]:
+    with shardckpt.Checkpointer(first) as latest, shardckpt.Checkpointer(second, keep_last=1) as best:
+        for step in range(4):
+            latest.save(step, a_state(step))
+            if step % 2:
+                best.save(step, a_state(-step))
+        states = a_state(9), a_state(9)
+        best.restore(states[1])
+        latest.restore(states[0])
+    return states[0]["step"], states[1]["step"]
+
+
+def test_two_checkpointers_at_once_on_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, interleave, str(tmp_path / "a"), str(tmp_path / "b")) == [(3, -3)] * 2
 
 
 def keep_two(root: str) -> list[list[int]]:
