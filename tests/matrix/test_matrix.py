@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import shardckpt
+from shardckpt.options import Options
 from tests.models import KINDS, WORLD_SIZES, differences, make_job, snapshot
 from tests.ranks import RankPool
 
@@ -42,12 +43,16 @@ def sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Source
 
 
 def load_job(kind: str, given: list[Source]) -> list[list[str]]:
-    """Load each source into one job, which has no optimizer state before the first; what differs from what was saved."""
+    """Load each source into one job, which has no optimizer state before the first; what differs from what was saved.
+
+    Data is read once and passed on, and read by whoever wants it, in turns.
+    """
     job = make_job(kind, seed=99)
     found = []
     assert len(differences(snapshot(job), given[0][1])) > 20
-    for root, expected in given:
-        restored = shardckpt.load(root, into=job.state())
+    for number, (root, expected) in enumerate(given):
+        options = Options(read_once="never" if number % 2 else "always")
+        restored = shardckpt.load(root, into=job.state(), options=options)
         assert restored.step == 3
         assert restored.info.missing == restored.info.unexpected == ()
         found.append(differences(snapshot(job), expected))
@@ -80,7 +85,7 @@ def check(ranks: RankPool, sources: Sources, source: str, worlds: list[int], tar
 def test_some_jobs_into_some_others(
     ranks: RankPool, sources: Sources, source: str, saved_on: int, target: str, loaded_on: int
 ) -> None:
-    check(ranks, sources, source, [saved_on], target, loaded_on)
+    check(ranks, sources, source, [saved_on, saved_on], target, loaded_on)
 
 
 @pytest.mark.slow
