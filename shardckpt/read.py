@@ -205,7 +205,8 @@ def place(part: memoryview, dtype: str, source: Piece, destination: Destination)
             size = data.element_size()
             start = (source.start - target.start) * size
             low, high = max(start, 0), min(start + len(part), len(into))
-            np.copyto(into[low:high], np.frombuffer(part, dtype=np.uint8)[low - start : high - start])
+            if low < high:
+                np.copyto(into[low:high], np.frombuffer(part, dtype=np.uint8)[low - start : high - start])
             return
     stored = torch.frombuffer(part, dtype=getattr(torch, dtype))
     for copy in intersect(source, target):

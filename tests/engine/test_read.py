@@ -157,6 +157,21 @@ def test_a_window_is_filled_by_position() -> None:
     assert target.tolist() == [-1] * 4 + list(range(12, 18))
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (10, 20), (20, 40), (33, 50), (36, 60)])
+def test_a_window_takes_only_what_is_its_own(start: int, stop: int) -> None:
+    """What is read can end before a window starts, or start after its end: elements 12 to 36 are stored here."""
+    source = Piece.flat((10, 6), 12, 36)
+    elements = torch.arange(12, 36, dtype=torch.int32)
+    target = torch.full((stop - start,), -1, dtype=torch.int32)
+    place(
+        memoryview(bytearray(elements.numpy().tobytes())),
+        "int32",
+        source,
+        Destination(target, Piece.flat((10, 6), start, stop)),
+    )
+    assert target.tolist() == [at if 12 <= at < 36 else -1 for at in range(start, stop)]
+
+
 def test_leaves_that_require_grad_are_filled() -> None:
     elements, source = stored_rows()
     target = torch.nn.Parameter(torch.zeros(4, 6).t().contiguous().t())

@@ -82,6 +82,7 @@ ROWS, COLUMNS = 3001, 1500
 LINE4 = Mesh((0, 1, 2, 3), (4,))
 GRID = Mesh((0, 1, 2, 3), (2, 2))
 SHAPE = (ROWS, COLUMNS)
+NUMEL = ROWS * COLUMNS
 LARGE: dict[str, Spread] = {
     "rows": MeshLayout(SHAPE, LINE4, (Shard(0),)),
     "columns": MeshLayout(SHAPE, LINE4, (Shard(1),)),
@@ -89,7 +90,10 @@ LARGE: dict[str, Spread] = {
     "hybrid": MeshLayout(SHAPE, GRID, (Replicate(), Shard(0))),
     "both dimensions": MeshLayout(SHAPE, GRID, (Shard(1), Shard(0))),
     "strided": MeshLayout(SHAPE, GRID, (StridedShard(0, 2), Shard(0))),
-    "flat": FlatLayout(SHAPE, ((1, 0, 7), (0, 7, 1_600_001), (3, 1_600_001, 1_600_001), (2, 1_600_001, ROWS * COLUMNS))),
+    "flat": FlatLayout(SHAPE, ((1, 0, 7), (0, 7, 1_600_001), (3, 1_600_001, 1_600_001), (2, 1_600_001, NUMEL))),
+    "flat elsewhere": FlatLayout(
+        SHAPE, ((0, 0, 900_000), (1, 900_000, 3_000_001), (2, 3_000_001, 3_000_003), (3, 3_000_003, NUMEL))
+    ),
 }
 
 
