@@ -157,7 +157,7 @@ def test_a_window_is_filled_by_position() -> None:
     assert target.tolist() == [-1] * 4 + list(range(12, 18))
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 12), (10, 20), (20, 40), (33, 50), (36, 60)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 10), (0, 12), (10, 20), (20, 40), (33, 50), (36, 60), (40, 50)])
 def test_a_window_takes_only_what_is_its_own(start: int, stop: int) -> None:
     """What is read can end before a window starts, or start after its end: elements 12 to 36 are stored here."""
     source = Piece.flat((10, 6), 12, 36)
