@@ -20,6 +20,7 @@ from shardckpt.bench.launch import OnProgress, run_ranks
 from shardckpt.bench.workload import Workload
 from shardckpt.cli.bench import app
 
+CONTESTANTS = ["shardckpt", "dcp", "raw"]
 MACHINE = {
     *("cores", "memory_bytes", "processor", "system", "folder", "file_system", "device", "o_direct"),
     *("python", "torch", "shardckpt"),
@@ -45,7 +46,7 @@ def test_save(tmp_path: Path) -> None:
     assert report["machine"].keys() == MACHINE
     assert report["workload"].keys() == WORKLOAD
     assert report["machine"]["folder"] == str(tmp_path)
-    assert [line["contestant"] for line in report["results"]] == ["shardckpt", "dcp", "raw"]
+    assert [line["contestant"] for line in report["results"]] == CONTESTANTS
     assert [line["verified"] for line in report["results"]] == [True, True, False]
     for line in report["results"]:
         assert line.keys() == LINE
@@ -56,11 +57,11 @@ def test_save(tmp_path: Path) -> None:
 
 def test_reshard_to_another_dimension_counts_what_is_read(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    spec = ReshardSpec(nbytes=400_000, ranks=2, rounds=1, to_ranks=(4,), dims=(1,), caches=("cold", "warm"))
+    spec = ReshardSpec(nbytes=400_000, ranks=2, rounds=1, to_ranks=(4,), dims=(1,), caches=("cold",))
     report = measure_reshard(spec, str(tmp_path), seen.append)
-    assert report.raw_ways.keys() == {"cold_read_4_ranks", "warm_read_4_ranks"}
-    expected = [(cache, who) for cache in ("cold", "warm") for who in ("shardckpt", "dcp", "raw")]
-    assert [(line.cache, line.contestant) for line in report.results] == expected
+    assert report.raw_ways.keys() == {"cold_read_4_ranks"}
+    assert [(line.cache, line.contestant) for line in report.results] == [("cold", who) for who in CONTESTANTS]
+    assert report.cold_by
     for line in report.results:
         assert (line.case.from_ranks, line.case.to_ranks, line.case.dim, len(line.seconds)) == (2, 4, 1, 1)
         if line.contestant == "shardckpt":
@@ -70,6 +71,16 @@ def test_reshard_to_another_dimension_counts_what_is_read(tmp_path: Path) -> Non
             # every rank needs a part of every row
             assert line.read_amplification is not None and line.read_amplification > 3
     assert seen[-1].done == seen[-1].total
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_prints_a_table(tmp_path: Path) -> None:
+    command = ["load", "--size", "400KB", "--rounds", "1", "--cache", "warm", "--dir", str(tmp_path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[3] for row in rows if "warm" in row[2:3]] == CONTESTANTS
+    assert "saved by 2 ranks" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
