@@ -254,6 +254,8 @@ def shard_lengths(size: int, chain: Chain, coordinates: npt.NDArray[np.int64]) -
 
 def shards_over(size: int, chain: Chain, start: int, stop: int) -> Iterator[Ints]:
     """Coordinates of the shards of one dimension that hold an index in ``[start, stop)``."""
+    if start >= stop:
+        return
     if all(factor == 1 for _, factor in chain):
         yield from _nested_over((0, size), chain, start, stop)
         return

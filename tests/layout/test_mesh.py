@@ -82,6 +82,12 @@ def test_replicas_of_a_cell_are_numbered_in_mesh_order(layout: MeshLayout) -> No
         assert [layout.replica_index(rank) for rank in ranks] == list(range(layout.replicas))
 
 
+def test_an_empty_box_is_over_no_cell() -> None:
+    for placement in (Shard(1), StridedShard(1, 2)):
+        layout = MeshLayout((1, 2), Mesh((0,), (1,)), (placement,))
+        assert list(layout.cells((0, 1), (1, 0))) == []
+
+
 @given(mesh_layouts(), st.data())
 def test_cells_over_a_box_are_just_those_that_share_elements(layout: MeshLayout, data: st.DataObject) -> None:
     offsets = tuple(data.draw(st.integers(0, max(0, size - 1))) for size in layout.shape)
