@@ -19,6 +19,7 @@ from shardckpt.errors import (
     InvalidManifest,
     MissingFile,
     MissingNames,
+    RankFailed,
     ShapeMismatch,
     TruncatedFile,
     UnsupportedVersion,
@@ -115,6 +116,76 @@ def test_a_mismatch_on_one_rank_is_raised_on_all(
     for outcome in outcomes:
         with pytest.raises(kind, match=message):
             raise outcome
+
+
+# ---- what each rank has for itself, and states without a target
+
+
+def own_state(filled: bool) -> dict[str, Any]:
+    rank = dist.get_rank() if filled else -1
+    own = {"t": torch.full((dist.get_rank() + 1,), float(rank)), "v": {"name": f"rank {rank}", "l": [rank]}, "n": rank}
+    return {"own": shardckpt.PerRank(own), "shared": torch.full((5,), 2.0 * filled)}
+
+
+def save_own(root: str) -> None:
+    shardckpt.save(root, own_state(True))
+
+
+def load_own(root: str, read_once: str) -> tuple[Any, ...]:
+    target = own_state(False)
+    options = Options(read_once=read_once)  # type: ignore[arg-type]
+    restored = shardckpt.load(root, into=target, options=options)
+    own = restored.state["own"].value
+    assert target["shared"].tolist() == [2.0] * 5
+    return own["t"].tolist(), own["v"], own["n"], restored.info.kept
+
+
+@pytest.mark.parametrize("read_once", ["always", "never"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_rank_gets_its_own(ranks: RankPool, tmp_path: Path, world_size: int, read_once: str) -> None:
+    ranks.run(2, save_own, str(tmp_path / "c"))
+    for rank, (tensor, value, number, kept) in enumerate(ranks.run(world_size, load_own, str(tmp_path / "c"), read_once)):
+        of = rank if rank < 2 else -1
+        assert (tensor, value, number) == ([of] * (rank + 1), {"name": f"rank {of}", "l": [of]}, of)
+        assert bool(kept) == (rank >= 2)
+
+
+def load_whole(root: str, read_once: str) -> dict[str, Any]:
+    options = Options(read_once=read_once)  # type: ignore[arg-type]
+    return dict(shardckpt.load(root, options=options).state)
+
+
+@pytest.mark.parametrize("read_once", ["always", "never", "auto"])
+def test_without_a_target_each_rank_gets_everything(ranks: RankPool, tmp_path: Path, read_once: str) -> None:
+    ranks.run(2, save_own, str(tmp_path / "c"))
+    for state in ranks.run(3, load_whole, str(tmp_path / "c"), read_once):
+        assert state["shared"].tolist() == [2.0] * 5
+        assert {rank: tensor.tolist() for rank, tensor in state["own"]["t"].items()} == {0: [0.0], 1: [1.0, 1.0]}
+        assert state["own"]["v"]["name"] == {0: "rank 0", 1: "rank 1"}
+        assert state["own"]["n"] == {0: 0, 1: 1}
+
+
+class Stubborn:
+    """Takes back its state on rank 0 only."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if dist.get_rank():
+            raise KeyError("not today")
+
+
+def load_stubborn(root: str) -> None:
+    shardckpt.save(root, {"s": Stubborn(), "t": torch.ones(2)})
+    shardckpt.load(root, into={"s": Stubborn(), "t": torch.zeros(2)})
+
+
+def test_an_object_that_refuses_its_state_on_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+    outcomes = ranks.run_expecting_errors(3, load_stubborn, str(tmp_path / "c"))
+    assert isinstance(outcomes[0], RankFailed)
+    assert "rank 1: KeyError: 'not today'" in str(outcomes[0])
+    assert isinstance(outcomes[1], KeyError)
 
 
 # ---- damage
