@@ -71,7 +71,6 @@ def check(ranks: RankPool, sources: Sources, source: str, worlds: list[int], tar
     [
         *[(kind, 4, kind, 2) for kind in KINDS],
         *[(kind, 2, kind, 4) for kind in KINDS],
-        *[(kind, 2, kind, 2) for kind in KINDS],
         ("fsdp2", 4, "ddp", 3),
         ("tp", 2, "fsdp2", 3),
         ("zero", 3, "ddp", 2),
