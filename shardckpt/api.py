@@ -32,6 +32,7 @@ def save(
     """
     options = options or Options()
     check_step(step)
+    check_metadata(metadata)
     store = open_store(url)
     with Coordinator.connect(timeout=options.timeout) as coordinator:
         return Saver(coordinator, store, options).save("", step, state, metadata or {})
@@ -69,3 +70,9 @@ def check_step(step: int) -> None:
     """Refuse what is no step number."""
     if type(step) is not int or not 0 <= step < 10**18:
         raise ConfigError(f"step={step!r} is not an int from 0 to 10**18 - 1")
+
+
+def check_metadata(metadata: object) -> None:
+    """Refuse what is no mapping; its values are checked when they are encoded."""
+    if metadata is not None and not (isinstance(metadata, Mapping) and all(type(key) is str for key in metadata)):
+        raise ConfigError(f"metadata={metadata!r} is not a mapping with str keys; write metadata={{'run': 'a'}}")

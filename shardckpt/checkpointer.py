@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from .api import check_step
+from .api import check_metadata, check_step
 from .coordinate import Coordinator
 from .errors import CheckpointerClosed, CheckpointNotFound, StoreError
 from .loading import Load, Restored
@@ -84,6 +84,7 @@ class Checkpointer:
         """Save ``state`` as ``step``. Raises `AlreadyCommitted` when the step exists; nothing is ever overwritten."""
         self._require_open()
         check_step(step)
+        check_metadata(metadata)
         saved = self._saver.save(f"{step_directory(step)}/", step, state, metadata or {})
         self._prune(step)
         return SaveHandle(saved)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import xxhash
 
@@ -18,23 +16,28 @@ from .errors import InvalidManifest
 DIGEST_BYTES = 8
 
 
-class Block(NamedTuple):
-    """One digest block of a data region: its number, and its bytes ``[start, stop)``."""
-
-    number: int
-    start: int
-    stop: int
-
-
-def blocks_of(start: int, stop: int, block_size: int) -> Iterator[Block]:
-    """The blocks between two byte positions of a data region; ``start`` is on a block border."""
-    for at in range(start, stop, block_size):
-        yield Block(at // block_size, at, min(at + block_size, stop))
-
-
 def digest(data: bytes | memoryview) -> bytes:
     """xxh3-64 of ``data``, big-endian."""
     return xxhash.xxh3_64_digest(data)
+
+
+def block_digests(data: memoryview, block_size: int) -> bytes:
+    """Digests of the blocks of ``data``, one after the other; the last block may be shorter."""
+    return b"".join([xxhash.xxh3_64_digest(data[at : at + block_size]) for at in range(0, len(data), block_size)])
+
+
+def damaged_blocks(data: memoryview, block_size: int, wanted: bytes) -> list[int]:
+    """Numbers of the blocks of ``data`` whose digests are not those of ``wanted``, which has one for each block."""
+    found = block_digests(data, block_size)
+    if found == wanted:
+        return []
+    starts = range(0, max(len(found), len(wanted)), DIGEST_BYTES)
+    return [n for n, at in enumerate(starts) if found[at : at + DIGEST_BYTES] != wanted[at : at + DIGEST_BYTES]]
+
+
+def digests_between(digests: bytes, start: int, stop: int, block_size: int) -> bytes:
+    """The part of a file's ``digests`` for bytes ``[start, stop)`` of its data region; ``start`` is on a block border."""
+    return digests[start // block_size * DIGEST_BYTES : -(-stop // block_size) * DIGEST_BYTES]
 
 
 def encode_digests(digests: bytes) -> str:

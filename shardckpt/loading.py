@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -108,6 +109,7 @@ class Load:
         def read_manifest() -> bytes:
             data = read_manifest_bytes(store, prefix, selection.expect_digest)
             checkpoints.append(parse_manifest(data))
+            self._check_patterns(checkpoints[0])
             if selection.keys is None:
                 # by one listing, before any rank overwrites what its target holds; parts do with the files that they need
                 CheckpointFiles(store, prefix, checkpoints[0]).require_sizes()
@@ -178,6 +180,18 @@ class Load:
         repeated = self._coordinator.num_hosts > 1 and direct > AMPLIFICATION * self._plan.total_bytes
         share = {"auto": wasteful or repeated, "always": True, "never": False}[self._options.read_once]
         return _PACK.encode(_Decision(needed, share and self._coordinator.world_size > 1, unexpected))
+
+    def _check_patterns(self, checkpoint: Checkpoint) -> None:
+        """A pattern that matches nothing is most likely misspelt."""
+        names = [*checkpoint.manifest.tensors, *checkpoint.manifest.objects]
+        idle = [p for p in self._selection.keys or () if not any(fnmatchcase(name, p) for name in names)]
+        if idle and self._selection.strict:
+            raise MissingNames(
+                f"keys={idle}: no name in the checkpoint matches. Names look like {_some(sorted(names)[:3])}; "
+                "load with strict=False to go on without",
+                missing=idle,
+                unexpected=[],
+            )
 
     def _check_names(self, reads: Sequence[_Reads]) -> tuple[str, ...]:
         """Names that some rank does not expect and no rank uses: pipeline stages hold different ones."""

@@ -65,6 +65,11 @@ class PlannedTensor:
             return next((shape for shape in self.layout.shapes if shape is not None), ())
         return self.layout.shape
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether several ranks hold each element."""
+        return isinstance(self.layout, MeshLayout) and self.layout.replicas > 1
+
     def local_window(self, rank: int) -> tuple[int, int]:
         """The elements ``[start, stop)`` of its own piece that ``rank`` writes."""
         return _local_window(self.layout, self.writers, rank)
@@ -145,8 +150,12 @@ class Plan:
     ) -> None:
         self.world_size = world_size
         """Ranks that write."""
-        self.tensors = tuple(sorted(tensors, key=lambda t: (-t.itemsize, t.name)))
-        """In the order in which each rank file has them: item size descending, then name."""
+        self.tensors = tuple(sorted(tensors, key=lambda t: (-t.itemsize, t.is_replicated, t.name)))
+        """In the order in which each rank file has them: item size descending, replicated ones last, then name.
+
+        Item sizes descend so that everything is aligned without holes. Replicated tensors are together because every rank
+        reads them: a scalar between two large shards would cost each rank a digest block of its own.
+        """
         self.by_name = {tensor.name: tensor for tensor in self.tensors}
         """The same by name."""
         self.aliases = aliases

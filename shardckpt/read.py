@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .checksum import DIGEST_BYTES, blocks_of, digest
+from .checksum import damaged_blocks, digests_between
 from .errors import ChecksumMismatch, MissingFile, TruncatedFile
 from .layout import Copy, Piece, intersect
 from .reshard import FileReads
@@ -102,11 +102,12 @@ class CheckpointFiles:
         file = chunk.reads.file
         record = self._checkpoint.manifest.files[file]
         self._reader(file).read_at(record.data + chunk.start, [buffer.bytes[: chunk.stop - chunk.start]])
-        digests = self._checkpoint.digests[file]
-        for block in blocks_of(chunk.start, chunk.stop, self._checkpoint.plan.block_size):
-            wanted = digests[block.number * DIGEST_BYTES : (block.number + 1) * DIGEST_BYTES]
-            if digest(buffer.bytes[block.start - chunk.start : block.stop - chunk.start]) != wanted:
-                self._refuse(chunk, record.data, block.start, block.stop)
+        block_size = self._checkpoint.plan.block_size
+        wanted = digests_between(self._checkpoint.digests[file], chunk.start, chunk.stop, block_size)
+        damaged = damaged_blocks(buffer.bytes[: chunk.stop - chunk.start], block_size, wanted)
+        if damaged:
+            start = chunk.start + damaged[0] * block_size
+            self._refuse(chunk, record.data, start, min(start + block_size, chunk.stop))
         with self._lock:
             self.bytes_read += chunk.stop - chunk.start
             self._left[file] -= 1

@@ -14,7 +14,7 @@ from time import perf_counter
 import msgspec
 import torch
 
-from .checksum import blocks_of, digest
+from .checksum import block_digests, digest
 from .header import safetensors_header
 from .plan import FilePiece, Plan
 from .stage import CHUNK, Buffer, BufferPool, gather
@@ -89,10 +89,7 @@ class _RankFile:
         stop = min(start + self._pool.size, self._data_bytes)
         with self._pool.borrow() as buffer:
             self._fill(buffer, start, stop)
-            digests = b"".join(
-                digest(buffer.bytes[block.start - start : block.stop - start])
-                for block in blocks_of(start, stop, self._block_size)
-            )
+            digests = block_digests(buffer.bytes[: stop - start], self._block_size)
             padded = -(-(stop - start) // self._writer.alignment) * self._writer.alignment
             self._writer.write_at(self._start + start, buffer.bytes[:padded])
         return digests

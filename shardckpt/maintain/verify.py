@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from shardckpt.checksum import DIGEST_BYTES, blocks_of, digest
+from shardckpt.checksum import damaged_blocks, digest, digests_between
 from shardckpt.errors import CheckpointError
 from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
@@ -231,18 +231,18 @@ class _Verifier:
 
     def _compare(self, rank: int, reader: FileReader, chunk: Extent, pool: BufferPool) -> Iterator[_Damage]:
         start, stop = chunk
-        digests = self._stored.checkpoint.digests[rank]
         with pool.borrow() as buffer:
             try:
                 reader.read_at(self._manifest.files[rank].data + start, [buffer.bytes[: stop - start]])
             except CheckpointError as error:
                 yield _Damage(start, stop, type(error).__name__, error.message)
                 return
-            for block in blocks_of(start, stop, self._plan.block_size):
-                wanted = digests[block.number * DIGEST_BYTES : (block.number + 1) * DIGEST_BYTES]
-                if digest(buffer.bytes[block.start - start : block.stop - start]) != wanted:
-                    message = "the data does not match its digest: it was changed after it was saved"
-                    yield _Damage(block.start, block.stop, "ChecksumMismatch", message)
+            size = self._plan.block_size
+            wanted = digests_between(self._stored.checkpoint.digests[rank], start, stop, size)
+            for number in damaged_blocks(buffer.bytes[: stop - start], size, wanted):
+                at = start + number * size
+                message = "the data does not match its digest: it was changed after it was saved"
+                yield _Damage(at, min(at + size, stop), "ChecksumMismatch", message)
 
 
 class _Damage(NamedTuple):

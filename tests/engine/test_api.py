@@ -276,7 +276,7 @@ def test_names_have_to_agree_when_strict(three: Path) -> None:
 
 def test_long_lists_of_names_are_cut(three: Path) -> None:
     with pytest.raises(MissingNames, match=r"'a/z14', 'a/z15', \.\.\. 30 in all"):
-        shardckpt.load(three, into={"a": {f"z{at}": torch.zeros(1) for at in range(30)}}, keys=["a/z*"])
+        shardckpt.load(three, into={"a": {f"z{at}": torch.zeros(1) for at in range(30)}}, keys=["a/*"])
 
 
 def test_shapes_have_to_agree(three: Path) -> None:
@@ -314,3 +314,16 @@ def test_one_stored_tensor_may_be_wanted_twice(tmp_path: Path) -> None:
     shardckpt.load(tmp_path / "c", into=target)
     assert torch.equal(target["a"], tied)
     assert torch.equal(target["b"], tied)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_unless_strict_is_off(three: Path) -> None:
+    with pytest.raises(MissingNames, match=r"keys=\['modle/\*'\]: no name in the checkpoint matches.*strict=False"):
+        shardckpt.load(three, keys=["modle/*"])
+    assert shardckpt.load(three, keys=["modle/*"], strict=False).state == {}
+
+
+@pytest.mark.parametrize("metadata", [3, "a", {1: 2}])
+def test_metadata_is_a_mapping_with_str_keys(tmp_path: Path, metadata: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a mapping with str keys"):
+        shardckpt.save(tmp_path / "c", {"x": 1}, metadata=metadata)
+    assert not (tmp_path / "c").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from shardckpt.checksum import blocks_of, digest
+from shardckpt.checksum import digest
 from shardckpt.errors import StorageFull, StoreError
 from shardckpt.header import safetensors_header
 from shardckpt.layout import ITEMSIZE, Mesh, MeshLayout, PerRankShapes, Replicate, Shard, StridedShard
@@ -110,7 +110,7 @@ def test_receipts_have_the_digests_of_all_blocks() -> None:
         body = data[receipt.data :]
         assert (len(data), len(body)) == (receipt.size, plan.bytes_by_rank[rank])
         assert receipt.header == digest(data[: receipt.data]).hex()
-        expected = [digest(body[block.start : block.stop]) for block in blocks_of(0, len(body), 1 << 16)]
+        expected = [digest(body[at : at + (1 << 16)]) for at in range(0, len(body), 1 << 16)]
         assert receipt.digests == b"".join(expected)
         assert len(receipt.digests) // 8 == len(expected)
 
