@@ -144,6 +144,7 @@ class CheckpointFiles:
         if reader.size != record.size:
             reader.close()
             raise self._truncated(file, reader.size)
+        reader.expect_ascending()
         return reader
 
     def _missing(self, file: int) -> MissingFile:

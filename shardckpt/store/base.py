@@ -196,8 +196,8 @@ class FileReader(ABC):
             raise self._truncated(offset, wanted, got=max(0, self.size - offset))
         self._fill(offset, [buffer for buffer in buffers if buffer.nbytes])
 
-    def prefetch(self, offset: int, length: int) -> None:  # noqa: B027  (a hint: a store need not take it)
-        """Hint that bytes ``[offset, offset + length)`` will be read soon. Never fails, never waits."""
+    def expect_ascending(self) -> None:  # noqa: B027  (a hint: a store need not take it)
+        """Hint that reads will mostly go from low to high offsets, so that reading far ahead pays. Never fails or waits."""
 
     @abstractmethod
     def close(self) -> None:

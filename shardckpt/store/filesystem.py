@@ -60,10 +60,10 @@ class FileSystem:
         """Status of a path, links followed."""
         return os.stat(path)
 
-    def prefetch(self, fd: int, offset: int, length: int) -> None:
-        """Ask the kernel to read ahead, where it can be asked."""
+    def expect_ascending(self, fd: int) -> None:
+        """Ask the kernel to read further ahead than it does by itself, where it can be asked."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def link(self, source: str, target: str) -> None:
         """Give a file a second name; fails when ``target`` exists."""

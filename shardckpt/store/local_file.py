@@ -87,9 +87,9 @@ class LocalReader(FileReader):
         self._path = path
         self._fd = fd
 
-    def prefetch(self, offset: int, length: int) -> None:
+    def expect_ascending(self) -> None:
         with suppress(OSError):
-            self._fs.prefetch(self._fd, offset, length)
+            self._fs.expect_ascending(self._fd)
 
     def close(self) -> None:
         fd, self._fd = self._fd, _CLOSED

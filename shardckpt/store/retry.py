@@ -90,8 +90,8 @@ class _RetryingReader(FileReader):
         self._store = store
         self._reader = reader
 
-    def prefetch(self, offset: int, length: int) -> None:
-        self._reader.prefetch(offset, length)
+    def expect_ascending(self) -> None:
+        self._reader.expect_ascending()
 
     def close(self) -> None:
         self._reader.close()

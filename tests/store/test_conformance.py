@@ -80,7 +80,7 @@ def test_read_fills_scattered_buffers(store: Store) -> None:
     store.put_if_absent("file", data)
     buffers = [bytearray(n) for n in (3, 0, 500, 1, 0)]
     with store.open("file") as reader:
-        reader.prefetch(0, 1000)
+        reader.expect_ascending()
         reader.read_at(7, [memoryview(buffer) for buffer in buffers])
         reader.read_at(1000, [])
     assert b"".join(buffers) == data[7:511]

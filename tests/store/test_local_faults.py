@@ -134,9 +134,9 @@ def test_opened_files_are_closed_when_they_are_refused(store: LocalStore, fs: Fa
 
 
 def test_a_hint_never_fails(store: LocalStore, fs: FaultyFileSystem) -> None:
-    fs.fail("prefetch", errno.EINVAL)
+    fs.fail("expect_ascending", errno.EINVAL)
     with store.open("step-1/file") as reader:
-        reader.prefetch(0, 100)
+        reader.expect_ascending()
 
 
 @pytest.mark.parametrize("file_system", [FaultyFileSystem, Buffered, WithoutLinks])

@@ -116,7 +116,7 @@ def test_reads_of_an_open_file_are_tried_again() -> None:
     pauses: list[float] = []
     with retrying(OneFile(0), pauses).open("file") as reader:
         data = bytearray(7)
-        reader.prefetch(0, 7)
+        reader.expect_ascending()
         reader.read_at(0, [memoryview(data)])
     assert data == b"correct"
     assert (reader.name, reader.size, inner.closed) == ("file", 7, True)
