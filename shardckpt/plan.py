@@ -24,6 +24,7 @@ from .layout import (
     PerRankShapes,
     Piece,
     Replicate,
+    cells_over,
     intersect,
 )
 from .tables import GlobalTensor
@@ -83,9 +84,8 @@ class PlannedTensor:
     def stored_over(self, wanted: Piece) -> Iterator[tuple[int, Piece]]:
         """(rank, piece) for each stored piece that shares elements with ``wanted``."""
         assert not isinstance(self.layout, PerRankShapes)
-        cells = dict.fromkeys(cell for part in wanted.fragments for cell in self.layout.cells(part.offsets, part.sizes))
         first, count = self.writers
-        for cell in cells:
+        for cell in cells_over(self.layout, wanted):
             if count == 1:
                 yield cell.ranks[first], cell.piece
             else:

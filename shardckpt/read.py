@@ -73,8 +73,7 @@ def read_into(
     chunks = list(cut_chunks(reads, source.chunk_size))
     source.expect(chunks)
     with ThreadPoolExecutor(workers, thread_name_prefix="shardckpt-read") as threads:
-        for done in threads.map(job, chunks):
-            del done
+        list(threads.map(job, chunks))
 
 
 class CheckpointFiles:

@@ -17,7 +17,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from .layout import GlobalLayout, MeshLayout, PerRankShapes, Piece, intersect
+from .layout import GlobalLayout, MeshLayout, PerRankShapes, Piece, cells_over, intersect
 from .plan import Plan, PlannedTensor
 from .read import CheckpointFiles, Chunk, Destination, put
 from .reshard import FileReads, Segment, Want, plan_reads
@@ -243,7 +243,6 @@ def _wanted_over(layout: GlobalLayout, part: Piece) -> Iterator[tuple[int, Piece
     """(rank, piece) for each rank that wants something of ``part``."""
     if isinstance(layout, PerRankShapes):
         return
-    cells = dict.fromkeys(cell for f in part.fragments for cell in layout.cells(f.offsets, f.sizes))
-    for cell in cells:
+    for cell in cells_over(layout, part):
         for rank in cell.ranks:
             yield rank, cell.piece

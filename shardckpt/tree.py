@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -161,13 +161,3 @@ class StoredIndex:
         """Keys of the direct children of the container ``path``, sorted."""
         parts = {name[len(path) + 1 :].partition("/")[0] for name in self.below(path) if name != path}
         return sorted(unescape(part) for part in parts)
-
-
-def first_duplicate(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .box import Ints, intersect_boxes, row_major_strides, window_boxes
 from .dtypes import ITEMSIZE, safetensors_code
-from .explicit import BoxLayout, FlatLayout, PerRankLayout, PerRankShapes, Replicated
+from .explicit import BoxLayout, FlatLayout, PerRankLayout, PerRankShapes, Replicated, cells_over
 from .mesh import Cell, Mesh, MeshLayout, Placement, Replicate, Shard, StridedShard
 from .piece import Copy, Fragment, Interval, Piece, intersect
 
@@ -36,6 +36,7 @@ __all__ = [
     "Replicated",
     "Shard",
     "StridedShard",
+    "cells_over",
     "intersect",
     "intersect_boxes",
     "row_major_strides",

@@ -7,12 +7,12 @@ Their size grows with the number of pieces, as the data does; a mesh is preferre
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from .box import Ints, intersect_boxes, row_major_strides
-from .mesh import Cell
+from .mesh import Cell, MeshLayout
 from .piece import Piece
 
 
@@ -104,6 +104,11 @@ class BoxLayout:
         for rank, at, extent in self.boxes[low : bisect_left(self._starts, stop)]:
             if intersect_boxes(at, extent, offsets, sizes) is not None:
                 yield Cell(Piece.box(at, extent), (rank,))
+
+
+def cells_over(layout: MeshLayout | FlatLayout | BoxLayout, wanted: Piece) -> Iterable[Cell]:
+    """The cells of ``layout`` that may share elements with ``wanted``, each once, in a fixed order."""
+    return dict.fromkeys(cell for part in wanted.fragments for cell in layout.cells(part.offsets, part.sizes))
 
 
 @dataclass(frozen=True, slots=True)

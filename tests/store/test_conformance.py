@@ -39,9 +39,9 @@ def test_a_name_that_is_taken_stays_under_the_root(name: str) -> None:
         check_name(name)
     except StoreError:
         return
-    path = os.path.join("/root", name)
+    path = os.path.join("/store", name)
     assert os.path.normpath(path) == path
-    assert path.startswith("/root/")
+    assert path.startswith("/store/")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "step-1/a b", "step-1/größe.~1%41", "a/b/c/d", "a+b&c=d#?"])
