@@ -37,6 +37,7 @@ from .wire import (
     fetch,
     first_failure,
     name_ranks,
+    prefix_store,
     put,
     rebuild,
     tcp_store,
@@ -70,13 +71,14 @@ class Coordinator:
     a time. Usable as a context manager.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, wire: Wire, server: Store = None) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: float, dial: Callable[[], Store], server: Store = None) -> None:
         self.rank = rank
         self.world_size = world_size
         self.hosts: tuple[str, ...] = (socket.gethostname(),) if world_size == 1 else ()
         """Host name of each rank, by rank."""
         self._timeout = timeout
-        self._wire = wire
+        self._dial = dial
+        self._wire = Wire(dial)
         self._server = server
         self._numbers = itertools.count()
         self._spent: list[str] = []
@@ -101,7 +103,7 @@ class Coordinator:
         """
         _check_timeout(timeout)
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(0, 1, timeout, Wire(default_store))
+            return cls(0, 1, timeout, default_store)
         rank = dist.get_rank()
         with contextlib.closing(Wire(default_store)) as meeting:
             try:
@@ -122,7 +124,7 @@ class Coordinator:
             port = server.port
             host = os.environ.get("MASTER_ADDR") or socket.gethostname()
             settle(meeting, key, Address(network_name(), host, port, None))
-            coordinator = cls(0, dist.get_world_size(), timeout, Wire(lambda: tcp_store("localhost", port, timeout)), server)
+            coordinator = cls(0, dist.get_world_size(), timeout, lambda: tcp_store("localhost", port, timeout), server)
             coordinator._introduce(timeout)
         except BaseException as error:
             data = msgspec.msgpack.encode(Address("", "", 0, describe(error)))
@@ -147,7 +149,7 @@ class Coordinator:
         address = settle(meeting, key, Address("", "", 0, describe(late)))
         host = "localhost" if address.network == network_name() else address.host
         left = max(deadline - time.monotonic(), GRACE_SECONDS)
-        coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, Wire(lambda: tcp_store(host, address.port, left)))
+        coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, lambda: tcp_store(host, address.port, left))
         try:
             coordinator._introduce(left)
         except BaseException:
@@ -200,6 +202,16 @@ class Coordinator:
     def broadcast(self, label: str, produce: Callable[[], bytes], *, timeout: float | None = None) -> bytes:
         """Run ``produce`` on rank 0 and return its result on every rank. Collective; errors as for `round`."""
         return self.round(label, produce if self.rank == 0 else bytes, lambda payloads: payloads[0], timeout=timeout)
+
+    def channel(self, name: str) -> Coordinator:
+        """Another coordinator of the same ranks, whose rounds are independent of these: for another thread.
+
+        Not collective, but every rank has to make the channels that it wants to use. Has to be closed before this one, whose
+        store it shares, through a connection of its own.
+        """
+        channel = Coordinator(self.rank, self.world_size, self._timeout, lambda: prefix_store(name, self._dial()))
+        channel.hosts = self.hosts
+        return channel
 
     def exchange_group(self) -> dist.ProcessGroup | None:
         """A gloo group of all ranks for bulk data in CPU memory, made at first need; None when there is only one rank.

@@ -8,6 +8,16 @@ from typing import Literal
 
 from .errors import ConfigError
 
+_CHOICES = {
+    "read_once": ("auto", "always", "never"),
+    "stage": ("eager", "lazy", "none"),
+    "background": ("thread", "process"),
+    "when_busy": ("wait", "skip", "replace"),
+    "on_error": ("warn", "raise"),
+    "pin_memory": ("auto", "always", "never"),
+    "on_memory_errors": ("refuse", "warn"),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -24,6 +34,31 @@ class Options:
     same data.
     """
 
+    stage: Literal["eager", "lazy", "none"] = "eager"
+    """When `Checkpointer.save` copies the state to host memory. No matter for blocking saves, which take no copy.
+
+    ``eager``: before it returns. ``lazy``: what an optimizer in the state owns is copied while training goes on, and every
+    optimizer step of the process waits for that; all else is copied before `save` returns. ``none``: never; the caller promises
+    not to change the state before the save is durable, and the save fails where that is seen to be broken.
+    """
+    background: Literal["thread", "process"] = "thread"
+    """What writes a staged state. A ``process`` leaves the trainer's interpreter alone, and finishes even if the trainer dies."""
+    host_memory_limit: int | None = None
+    """Bytes of host memory per node for staged states; None takes what the ranks' files need.
+
+    With less than that, the state is staged chunk by chunk as chunks are written: `save` then takes about as long as the write.
+    """
+    when_busy: Literal["wait", "skip", "replace"] = "wait"
+    """What a save does that finds the last one under way: wait for it, be skipped with a warning, or take the place of one that
+    no rank has finished staging (and else wait)."""
+    on_error: Literal["warn", "raise"] = "warn"
+    """Whether a save that storage or other ranks made fail ends training: ``warn`` logs the error, ``raise`` raises it, at the
+    next call when it happened in the background. `SaveHandle.result` raises it always."""
+    pin_memory: Literal["auto", "always", "never"] = "auto"
+    """Whether staged states lie in page-locked memory, which GPUs copy to faster: ``auto`` when there is a CUDA device."""
+    on_memory_errors: Literal["refuse", "warn"] = "refuse"
+    """What a save does when this rank's GPU has had uncorrected memory errors since the last one: the state may be damaged."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < 1e7:
             raise ConfigError(f"timeout={self.timeout!r} is not a number of seconds above 0; the default is 600")
@@ -32,8 +67,19 @@ class Options:
                 f"workers={self.workers!r} is not an int from 1 to 4: each thread has a buffer of up to 16 MiB, and "
                 "together they stay within 64 MiB per rank"
             )
-        if self.read_once not in ("auto", "always", "never"):
-            raise ConfigError(f"read_once={self.read_once!r} is not one of 'auto', 'always' and 'never'")
+        for name, accepted in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                *others, last = map(repr, accepted)
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(others)} and {last}")
+        limit = self.host_memory_limit
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ConfigError(f"host_memory_limit={limit!r} is not a number of bytes above 0 (or None, for no limit)")
+        if self.stage == "none" and self.background == "process":
+            raise ConfigError(
+                "stage='none' and background='process' do not go together: another process sees only what was staged for it. "
+                "Take stage='lazy', or background='thread'"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,13 @@ def tcp_store(host: str, port: int, timeout: float, *, is_master: bool = False) 
     return TCPStore(host, port, is_master=is_master, timeout=patience, wait_for_workers=False)
 
 
+def prefix_store(prefix: str, store: Store) -> Store:
+    """The same store, with keys of its own."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    return PrefixStore(prefix, store)
+
+
 def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
     """Whether all keys were there within ``seconds``."""
     try:

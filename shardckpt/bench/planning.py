@@ -28,7 +28,6 @@ from ..plan import Plan, make_plan
 from ..reshard import Want, plan_reads
 from ..tables import Described, encode_table, merge_tables, per_rank_shapes
 from ..validate import parse_manifest
-from ..wire import Wire
 from ..write import Receipt
 from .launch import OnProgress, Progress, run_ranks
 from .machine import Machine, describe_machine
@@ -244,7 +243,7 @@ class _RankZero(Coordinator):
     """Rank 0 of many ranks that all post the same, apart from what only one of them has to send."""
 
     def __init__(self, world_size: int, watch: _Watch) -> None:
-        super().__init__(0, world_size, 600.0, Wire(_no_store))
+        super().__init__(0, world_size, 600.0, _no_store)
         self._watch = watch
 
     def round(
