@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from .events import Phase
+
 FORMAT = "shardckpt"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -73,6 +75,13 @@ class FileRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     digests: str
 
 
+class MetricsRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the save spent its time on, for people: no load depends on it. See `shardckpt.metrics`."""
+
+    microseconds: dict[Phase, str]
+    """By phase: base64 of a 4-byte big-endian number for each rank; of ``receipts`` for rank 0 only."""
+
+
 class Manifest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
     """The whole document; see DESIGN, "On disk"."""
 
@@ -95,6 +104,7 @@ class Manifest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, k
     torch: str
     shardckpt: str
     metadata: dict[str, Any] = {}
+    metrics: MetricsRecord | None = None
 
 
 _ENCODER = msgspec.json.Encoder(order="deterministic")

@@ -28,6 +28,7 @@ from .manifest import (
     manifest_digest,
     rank_file_name,
 )
+from .metrics import decode_columns
 from .plan import MAX_BLOCK, Plan, PlannedTensor
 from .records import LayoutDecoder, check_cover, require
 
@@ -78,6 +79,8 @@ def parse_manifest(data: bytes) -> Checkpoint:
     require(_is_block_size(manifest.block_size), "block_size", f"{manifest.block_size} is no power of two up to {MAX_BLOCK}")
     plan = _check_tensors(manifest)
     _check_files(manifest, plan)
+    if manifest.metrics is not None:
+        decode_columns(manifest.metrics, manifest.world_size)
     return Checkpoint(manifest, plan, manifest_digest(data))
 
 

@@ -15,7 +15,7 @@ from tests.style.source import Module, modules
 ROWS: list[tuple[str, set[str]]] = [
     ("leaves", {"errors", "events", "options", "_version"}),
     ("storage", {"store"}),
-    ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "validate"}),
+    ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "metrics", "validate"}),
     ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler"}),
     ("movement", {"stage", "write", "read", "share"}),
     ("protocol", {"wire", "meeting", "coordinate", "exchange", "commit", "root"}),
