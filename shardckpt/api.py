@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .coordinate import Coordinator
 from .errors import ConfigError
+from .events import Event, Sink, Timings
 from .loading import Load, Restored
 from .options import Options
 from .root import find_checkpoint
@@ -23,19 +24,23 @@ def save(
     *,
     step: int = 0,
     metadata: Mapping[str, Any] | None = None,
+    on_event: Callable[[Event], object] | None = None,
     options: Options | None = None,
 ) -> Saved:
     """Save ``state`` as one checkpoint at ``url``, and return when it is durable.
 
     Collective: every rank calls it with its part of the state. ``step`` and ``metadata`` (a mapping of JSON values) are stored
-    in the manifest. Raises `AlreadyCommitted` when ``url`` has a checkpoint already; nothing is ever overwritten.
+    in the manifest. Raises `AlreadyCommitted` when ``url`` has a checkpoint already; nothing is ever overwritten. ``on_event``
+    is called on each rank, at the end, with an `Event` for each phase of the save.
     """
-    options = options or Options()
+    options, sink, timings = options or Options(), Sink(on_event), Timings()
     check_step(step)
     check_metadata(metadata)
     store = open_store(url)
     with Coordinator.connect(timeout=options.timeout) as coordinator:
-        return Saver(coordinator, store, options).save("", step, state, metadata or {})
+        saved = Saver(coordinator, store, options).save("", step, state, metadata or {}, timings)
+        sink.report("save", step, coordinator.rank, timings)
+        return saved
 
 
 def load(
@@ -46,6 +51,7 @@ def load(
     strict: bool = True,
     convert_dtype: bool = False,
     expect_digest: str | None = None,
+    on_event: Callable[[Event], object] | None = None,
     options: Options | None = None,
 ) -> Restored:
     """Load the checkpoint at ``url``: one that `save` made, a step directory, or the newest step of a `Checkpointer`'s root.
@@ -56,14 +62,15 @@ def load(
     ``keys`` are shell patterns of names, such as ``["model/*"]``; names that match none keep their values. Only what is below
     the top-level keys of ``into`` is looked at. ``strict=False`` reports missing and unexpected names instead of raising
     `MissingNames`. A tensor of another shape raises `ShapeMismatch`, of another dtype `DtypeMismatch` unless
-    ``convert_dtype=True``. ``expect_digest`` is the digest that `save` returned; any other manifest is refused.
+    ``convert_dtype=True``. ``expect_digest`` is the digest that `save` returned; any other manifest is refused. ``on_event`` is
+    called on each rank, at the end, with an `Event` for each phase of the load.
     """
-    options = options or Options()
+    options, sink = options or Options(), Sink(on_event)
     store = open_store(url)
     selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
     with Coordinator.connect(timeout=options.timeout) as coordinator:
         prefix = coordinator.broadcast("load: find", lambda: find_checkpoint(store).encode()).decode()
-        return Load(coordinator, store, prefix, selection, options).run(into)
+        return Load(coordinator, store, prefix, selection, options, sink).run(into)
 
 
 def check_step(step: int) -> None:

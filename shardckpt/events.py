@@ -1,8 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a save or load spent its time on: phases with seconds and bytes, on each rank, and the callback that hears of them.
 
-The phases of a save are capture, exchange, plan, stage, hash, write, fsync, receipts and commit; of a load exchange, plan,
-read, verify and place. They overlap, because threads work on different chunks at once: they need not add up to the whole.
+They overlap, because threads work on different chunks at once, and so need not add up to the whole.
+
+========  ==================================================================================================================
+capture   save: walk the state and describe its layout
+exchange  save: tell the other ranks of the layout; load: tell them what is wanted, and pass on what was read for them
+plan      save: work out who writes what; load: the same from the manifest, open the target, work out what to read
+stage     save: copy tensors to host memory
+hash      save: digests of what is written
+write     save: hand data to the storage
+fsync     save: make it durable there
+receipts  save: wait until the other ranks have done that
+commit    save: build and publish the manifest (rank 0), or wait for that
+read      load: get data from the storage
+verify    load: compare it with its digests
+place     load: put it into the tensors, and values into their places
+========  ==================================================================================================================
 """
 
 from __future__ import annotations
@@ -61,7 +75,10 @@ class Timings:
 
     @contextmanager
     def measure(self, phase: Phase, nbytes: int = 0) -> Iterator[None]:
-        """Add the time that the block takes. While several threads are in blocks of one phase, time counts once, not each."""
+        """Add the time of a ``with`` block, or of each call of a function that this decorates.
+
+        While several threads are in blocks of one phase, time counts once, not each.
+        """
         with self._lock:
             threads, since = self._running.get(phase, (0, 0.0))
             self._running[phase] = (threads + 1, since if threads else self._clock())
@@ -76,6 +93,9 @@ class Timings:
     def _add(self, phase: Phase, seconds: float, nbytes: int) -> None:
         before = self._totals.get(phase, (0.0, 0))
         self._totals[phase] = (before[0] + seconds, before[1] + nbytes)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
 
     @property
     def seconds(self) -> dict[Phase, float]:

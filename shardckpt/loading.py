@@ -19,6 +19,7 @@ from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
 from .errors import MissingNames
+from .events import Sink, Timings
 from .exchange import Statement, exchange
 from .layout import FlatLayout
 from .options import Options
@@ -97,8 +98,18 @@ class _Decision(msgspec.Struct):
 class Load:
     """One load, on one rank; collective."""
 
-    def __init__(self, coordinator: Coordinator, store: Store, prefix: str, selection: Selection, options: Options) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        store: Store,
+        prefix: str,
+        selection: Selection,
+        options: Options,
+        sink: Sink | None = None,
+    ) -> None:
         self._begun = perf_counter()
+        self._timings = Timings()
+        self._sink = sink or Sink()
         self._coordinator = coordinator
         self._store = store
         self._prefix = prefix
@@ -106,6 +117,7 @@ class Load:
         self._options = options
         checkpoints: list[Checkpoint] = []
 
+        @self._timings.measure("plan")
         def read_manifest() -> bytes:
             data = read_manifest_bytes(store, prefix, selection.expect_digest)
             checkpoints.append(parse_manifest(data))
@@ -116,9 +128,10 @@ class Load:
             return data
 
         data = coordinator.broadcast("load: manifest", read_manifest)
-        self._checkpoint = checkpoints[0] if checkpoints else parse_manifest(data)
+        with self._timings.measure("plan"):
+            self._checkpoint = checkpoints[0] if checkpoints else parse_manifest(data)
         self._plan = self._checkpoint.plan
-        self._files = CheckpointFiles(store, prefix, self._checkpoint)
+        self._files = CheckpointFiles(store, prefix, self._checkpoint, self._timings)
         self._targets = Targets(self._checkpoint, self._files, coordinator.rank, selection)
 
     def run(self, state: Mapping[str, Any] | None) -> Restored:
@@ -133,6 +146,7 @@ class Load:
         destinations: dict[int, Destination] = {}
         reads: list[FileReads] = []
 
+        @self._timings.measure("plan")
         def prepare() -> bytes:
             targets.append(self._targets.make() if state is None else self._targets.open(state))
             for leaf in targets[0].wanted:
@@ -164,6 +178,7 @@ class Load:
         bytes_read = msgspec.msgpack.decode(coordinator.round("load: read", read, total), type=int)
         restored: list[Mapping[str, Any]] = []
 
+        @self._timings.measure("place")
         def finish() -> bytes:
             restored.append(targets[0].finish())
             return b""
@@ -234,7 +249,10 @@ class Load:
             kept=tuple(target.kept),
             metadata=decode_value(manifest.metadata, "metadata"),
         )
-        logger.info("loaded %s/%s: %.3f GB read in %.2f s", self._store.url, self._prefix, bytes_read / 1e9, info.seconds)
+        url, gigabytes = f"{self._store.url}/{self._prefix}".rstrip("/"), bytes_read / 1e9
+        speed = gigabytes / info.seconds
+        logger.info("loaded %s: %.3f GB read in %.2f s, %.2f GB/s (%s)", url, gigabytes, info.seconds, speed, self._timings)
+        self._sink.report("load", manifest.step, self._coordinator.rank, self._timings)
         return Restored(manifest.step, state, info, self._checkpoint.digest)
 
     def _share(
@@ -251,7 +269,8 @@ class Load:
                 times[leaf.name] += 1
                 described.append(Described(name, want.tensor.dtype, leaf.layout))
                 mine[name] = destinations[want.key]
-        exchanged = exchange(self._coordinator, "load: share", lambda: Statement(encode_table((), described), {}, {}))
+        with self._timings.measure("exchange"):
+            exchanged = exchange(self._coordinator, "load: share", lambda: Statement(encode_table((), described), {}, {}))
         merged = merge_tables(exchanged.tables or (), exchanged.table_of, exchanged.shapes)
         shared = [
             SharedWant(key, self._plan.by_name[tensor.name.partition(":")[2]], tensor.layout)

@@ -17,6 +17,7 @@ import torch
 
 from .checksum import damaged_blocks, digests_between
 from .errors import ChecksumMismatch, MissingFile, TruncatedFile
+from .events import Timings
 from .layout import Copy, Piece, intersect
 from .reshard import FileReads
 from .stage import CHUNK, Buffer, BufferPool, as_bytes
@@ -66,9 +67,11 @@ def read_into(
     def job(chunk: Chunk) -> None:
         with pool.borrow() as buffer:
             source.read_verified(chunk, buffer)
-            for segment, low, high in chunk.reads.segments_in(chunk.start, chunk.stop):
-                part = memoryview(buffer.bytes)[low - chunk.start : high - chunk.start]
-                place(part, segment.want.tensor.dtype, segment.part(low, high), destinations[segment.want.key])
+            segments = list(chunk.reads.segments_in(chunk.start, chunk.stop))
+            with source.timings.measure("place", sum(high - low for _, low, high in segments)):
+                for segment, low, high in segments:
+                    part = memoryview(buffer.bytes)[low - chunk.start : high - chunk.start]
+                    place(part, segment.want.tensor.dtype, segment.part(low, high), destinations[segment.want.key])
 
     chunks = list(cut_chunks(reads, source.chunk_size))
     source.expect(chunks)
@@ -79,7 +82,7 @@ def read_into(
 class CheckpointFiles:
     """The rank files of a checkpoint, opened when they are first needed, and read with verification."""
 
-    def __init__(self, store: Store, prefix: str, checkpoint: Checkpoint) -> None:
+    def __init__(self, store: Store, prefix: str, checkpoint: Checkpoint, timings: Timings | None = None) -> None:
         self._store = store
         self._prefix = prefix
         self._checkpoint = checkpoint
@@ -90,6 +93,8 @@ class CheckpointFiles:
         """Bytes per chunk."""
         self.bytes_read = 0
         """Bytes that were read from storage so far."""
+        self.timings = timings or Timings()
+        """What was spent on reading and verifying; whoever places data adds to it."""
 
     def expect(self, chunks: Iterable[Chunk]) -> None:
         """Count the chunks of each file, so that a file can be closed after its last one."""
@@ -100,15 +105,18 @@ class CheckpointFiles:
         """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved."""
         file = chunk.reads.file
         record = self._checkpoint.manifest.files[file]
-        self._reader(file).read_at(record.data + chunk.start, [buffer.bytes[: chunk.stop - chunk.start]])
+        data = buffer.bytes[: chunk.stop - chunk.start]
+        with self.timings.measure("read", len(data)):
+            self._reader(file).read_at(record.data + chunk.start, [data])
         block_size = self._checkpoint.plan.block_size
         wanted = digests_between(self._checkpoint.digests[file], chunk.start, chunk.stop, block_size)
-        damaged = damaged_blocks(buffer.bytes[: chunk.stop - chunk.start], block_size, wanted)
+        with self.timings.measure("verify", len(data)):
+            damaged = damaged_blocks(data, block_size, wanted)
         if damaged:
             start = chunk.start + damaged[0] * block_size
             self._refuse(chunk, record.data, start, min(start + block_size, chunk.stop))
         with self._lock:
-            self.bytes_read += chunk.stop - chunk.start
+            self.bytes_read += len(data)
             self._left[file] -= 1
             finished = self._readers.pop(file) if not self._left[file] else None
         if finished is not None:

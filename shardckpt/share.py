@@ -127,7 +127,8 @@ class SharedRead:
                 expected = [incoming.get((sender, turn), []) for sender in range(self._world_size)]
                 received = self._exchange(self._plan_outgoing(chunk), expected, chunk, buffer, is_good=error is None)
                 if error is None:
-                    self._unpack(received, expected)
+                    with self._files.timings.measure("place", len(received)):
+                        self._unpack(received, expected)
         if error is not None:
             raise error
 
@@ -196,15 +197,16 @@ class SharedRead:
         """What all ranks send to this one. What a rank sends starts with whether its read was good."""
         send_sizes, receive_sizes = [_size(parcels) for parcels in outgoing], [_size(parcels) for parcels in expected]
         send = torch.empty(sum(send_sizes), dtype=torch.uint8)
-        at = 0
-        for parcels, size in zip(outgoing, send_sizes, strict=True):
-            send[at] = is_good
-            position = at + _ALIGNMENT
-            for parcel in parcels:
-                position = _pack(parcel, chunk, buffer, send, position)
-            at += size
         received = torch.empty(sum(receive_sizes), dtype=torch.uint8)
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self._group)
+        at = 0
+        with self._files.timings.measure("exchange", len(send)):
+            for parcels, size in zip(outgoing, send_sizes, strict=True):
+                send[at] = is_good
+                position = at + _ALIGNMENT
+                for parcel in parcels:
+                    position = _pack(parcel, chunk, buffer, send, position)
+                at += size
+            dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self._group)
         return received
 
     def _unpack(self, received: torch.Tensor, expected: list[list[_Parcel]]) -> None:
