@@ -24,7 +24,12 @@ class StepFiles:
     @property
     def committed(self) -> bool:
         """Whether there is a manifest."""
-        return any(entry.name.endswith(f"/{MANIFEST_NAME}") for entry in self.entries)
+        return self.committed_at is not None
+
+    @property
+    def committed_at(self) -> float | None:
+        """When the manifest was published: seconds since the epoch, by the clock of the storage; None without one."""
+        return next((entry.modified for entry in self.entries if entry.name.endswith(f"/{MANIFEST_NAME}")), None)
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +111,11 @@ class Root:
         for removal in removals:
             for name in removal.names:
                 self._store.delete(name)
+
+
+def commit_times(found: Iterable[StepFiles]) -> dict[int, float]:
+    """When each committed step was committed: seconds since the epoch, by the clock of the storage."""
+    return {files.step: files.committed_at for files in found if files.committed_at is not None}
 
 
 def find_checkpoint(store: Store) -> str:

@@ -18,7 +18,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "metrics", "validate"}),
     ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler"}),
     ("movement", {"stage", "write", "read", "share"}),
-    ("protocol", {"wire", "meeting", "coordinate", "exchange", "commit", "root"}),
+    ("protocol", {"wire", "meeting", "coordinate", "exchange", "commit", "root", "journal"}),
     ("outside formats and upkeep", {"interop", "maintain"}),
     ("pipeline", {"targets", "saving", "loading", "api"}),
     ("policy", {"checkpointer"}),
