@@ -48,7 +48,9 @@ from .errors import (
     UnsupportedLeaf,
     UnsupportedVersion,
 )
+from .events import Event
 from .options import Options, Retention
+from .telemetry import PrometheusText, TensorBoardEvents
 
 if TYPE_CHECKING:
     from .api import load, save
@@ -99,6 +101,7 @@ __all__ = [
     "DtypeMismatch",
     "DuplicateName",
     "ElasticSampler",
+    "Event",
     "Flat",
     "IntegrityError",
     "InvalidManifest",
@@ -107,6 +110,7 @@ __all__ = [
     "NotACheckpointRoot",
     "Options",
     "PerRank",
+    "PrometheusText",
     "RNGState",
     "RankFailed",
     "RankTimeout",
@@ -122,6 +126,7 @@ __all__ = [
     "StoreError",
     "TableMismatch",
     "TargetMismatch",
+    "TensorBoardEvents",
     "TruncatedFile",
     "UnsupportedLeaf",
     "UnsupportedVersion",
