@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a root: which are committed, how large they are, who saved them and when."""
+"""The steps of a root: which are committed, under way or failed, how large they are, who saved them and when."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardckpt.errors import CheckpointError, CheckpointNotFound
+from shardckpt.journal import Journal, JournalEntry, outdated
 from shardckpt.manifest import MANIFEST_NAME, step_directory
-from shardckpt.root import Root
+from shardckpt.root import Root, commit_times
 from shardckpt.store import Entry, Store
 
 from .stored import open_checkpoint
@@ -20,11 +22,12 @@ class Listed:
     """One checkpoint, or what may become one."""
 
     name: str
-    """Directory in the root; ``.`` for a checkpoint that has the place to itself."""
+    """Directory in the root, which need not be there yet; ``.`` for a checkpoint that has the place to itself."""
     step: int | None
     """Number of the training step; None when only the manifest could tell, and does not."""
-    state: Literal["committed", "incomplete", "damaged"]
-    """Incomplete: without a manifest, so it is being saved, or its save did not finish. Damaged: see ``problem``."""
+    state: Literal["committed", "damaged", "requested", "staged", "failed", "incomplete"]
+    """Requested, staged: its save is under way. Failed, damaged: see ``problem``. Incomplete: it has no manifest, and its save
+    has not told of itself, or has not finished for so long that it must have been killed."""
     world_size: int | None
     """Ranks that saved it; None when it is not known."""
     files: int
@@ -34,17 +37,27 @@ class Listed:
     created: str | None
     """When it was saved: ISO 8601, UTC; None when it is not known."""
     modified: float
-    """When the newest file was written: seconds since the epoch, by the clock of the storage."""
+    """When the newest file was written, the journal included: seconds since the epoch, by the clock of the storage."""
     problem: str | None = None
-    """What is wrong as far as a listing and the manifest tell; `verify` tells more."""
+    """What is wrong as far as a listing, the manifest and the journal tell; `verify` tells more."""
 
 
-def list_steps(store: Store) -> list[Listed]:
-    """All steps of the root, by number; or the one checkpoint that is there. Reads manifests and no data.
+def list_steps(store: Store, clock: Callable[[], float] = time.time) -> list[Listed]:
+    """All steps of the root, by number; or the one checkpoint that is there. Reads manifests and the journal, but no data.
 
     Raises `CheckpointNotFound` when there is neither, and `StoreError`.
     """
-    found = [_look_at(store, f"{step_directory(f.step)}/", f.step, f.entries) for f in Root(store).scan()]
+    # The journal first: a save that ends in between has its manifest by the time of the scan.
+    journal = Journal(store).entries()
+    scanned = Root(store).scan()
+    files = {of_step.step: of_step.entries for of_step in scanned}
+    over = outdated(journal, commit_times(scanned), clock())
+    ended = {entry.step: entry for entry in over if entry.step in files}
+    telling = {entry.step: entry for entry in journal if entry not in over}
+    found = []
+    for step in sorted({*files, *telling}):
+        listed = _look_at(store, f"{step_directory(step)}/", step, files.get(step, ()))
+        found.append(listed if listed.state != "incomplete" else _ask_journal(listed, telling.get(step), ended.get(step)))
     if not found:
         entries = [entry for entry in store.list() if "/" not in entry.name]
         if not any(entry.name == MANIFEST_NAME for entry in entries):
@@ -74,9 +87,23 @@ def _look_at(store: Store, prefix: str, step: int | None, entries: Sequence[Entr
         files=len(entries),
         bytes=sum(entry.size for entry in entries),
         created=created,
-        modified=max(entry.modified for entry in entries),
+        modified=max((entry.modified for entry in entries), default=0.0),
         problem=problem,
     )
+
+
+def _ask_journal(listed: Listed, telling: JournalEntry | None, ended: JournalEntry | None) -> Listed:
+    """What the journal adds to a step without a manifest: an entry that still tells of its save, or one that is outdated."""
+    if telling is not None:
+        problem = None
+        if telling.state == "failed":
+            problem = (
+                f"{telling.error}: {telling.message}" if telling.error else "its save failed; the journal does not tell why"
+            )
+        return replace(listed, state=telling.state, modified=max(listed.modified, telling.modified), problem=problem)
+    if ended is not None and ended.state != "failed":
+        return replace(listed, problem=f"its save was {ended.state} and never finished")
+    return listed
 
 
 def _missing(names: Sequence[str]) -> str | None:

@@ -226,7 +226,7 @@ def test_diff_json(root: Path) -> None:
 
 def test_prune_does_what_the_dry_run_says(root: Path) -> None:
     planned = run("prune", root, "--keep-last", "1", "--keep-every", "2", "--dry-run", "--json").json
-    assert planned.keys() == {"path", "dry_run", "kept", "removed", "bytes"}
+    assert planned.keys() == {"path", "dry_run", "kept", "removed", "bytes", "markers"}
     assert [directory.name for directory in sorted(root.iterdir())] == STEPS
     done = run("prune", root, "--keep-last", "1", "--keep-every", "2", "--json").json
     assert done == {**planned, "dry_run": False}
