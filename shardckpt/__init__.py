@@ -21,15 +21,18 @@ from ._version import __version__
 from .errors import (
     AlreadyCommitted,
     AlreadyExists,
+    BackgroundDied,
     CheckpointerClosed,
     CheckpointError,
     CheckpointNotFound,
     ChecksumMismatch,
     ConfigError,
     CoordinationError,
+    DeviceMemoryError,
     DigestRefused,
     DtypeMismatch,
     DuplicateName,
+    HostMemoryError,
     IntegrityError,
     InvalidManifest,
     MissingFile,
@@ -38,7 +41,10 @@ from .errors import (
     RankFailed,
     RankTimeout,
     ReplicaDivergence,
+    SaveDropped,
+    SavePending,
     ShapeMismatch,
+    StateChanged,
     StateError,
     StorageFull,
     StoreError,
@@ -54,7 +60,8 @@ from .telemetry import PrometheusText, TensorBoardEvents
 
 if TYPE_CHECKING:
     from .api import load, save
-    from .checkpointer import Checkpointer, SaveHandle
+    from .checkpointer import Checkpointer
+    from .handle import SaveHandle
     from .loading import Restored, RestoreInfo
     from .sampler import ElasticSampler
     from .saving import Saved
@@ -64,7 +71,8 @@ if TYPE_CHECKING:
 # commands that only look at files start at once.
 _HOMES = {
     "api": ("load", "save"),
-    "checkpointer": ("Checkpointer", "SaveHandle"),
+    "checkpointer": ("Checkpointer",),
+    "handle": ("SaveHandle",),
     "loading": ("RestoreInfo", "Restored"),
     "sampler": ("ElasticSampler",),
     "saving": ("Saved",),
@@ -90,6 +98,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "AlreadyCommitted",
     "AlreadyExists",
+    "BackgroundDied",
     "CheckpointError",
     "CheckpointNotFound",
     "Checkpointer",
@@ -97,12 +106,14 @@ __all__ = [
     "ChecksumMismatch",
     "ConfigError",
     "CoordinationError",
+    "DeviceMemoryError",
     "DigestRefused",
     "DtypeMismatch",
     "DuplicateName",
     "ElasticSampler",
     "Event",
     "Flat",
+    "HostMemoryError",
     "IntegrityError",
     "InvalidManifest",
     "MissingFile",
@@ -118,9 +129,12 @@ __all__ = [
     "RestoreInfo",
     "Restored",
     "Retention",
+    "SaveDropped",
     "SaveHandle",
+    "SavePending",
     "Saved",
     "ShapeMismatch",
+    "StateChanged",
     "StateError",
     "StorageFull",
     "StoreError",

@@ -3,44 +3,44 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from .api import check_metadata, check_step
+from .background.background import Background, Outcome
+from .background.carrier import Carrier, ThreadCarrier
+from .background.process import ProcessCarrier
 from .coordinate import Coordinator
-from .errors import CheckpointerClosed, CheckpointNotFound, StoreError
+from .errors import (
+    CheckpointerClosed,
+    CheckpointError,
+    CheckpointNotFound,
+    ConfigError,
+    CoordinationError,
+    SaveDropped,
+    StoreError,
+)
+from .events import Event, Sink, Timings
+from .guard import STEP_GUARD
+from .handle import SaveHandle
 from .loading import Load, Restored
 from .manifest import step_directory
 from .options import Options, Retention
 from .root import Root
-from .saving import Saved, Saver
-from .store import open_store
+from .saving import Saver
+from .store import Store, open_store
+from .store.memory import MemoryStore
 from .targets import Selection
 
 logger = logging.getLogger("shardckpt")
-
-
-class SaveHandle:
-    """A save that was asked for. `Checkpointer.save` blocks until it is durable, so a handle is always done."""
-
-    def __init__(self, saved: Saved) -> None:
-        self._saved = saved
-
-    def done(self) -> bool:
-        """Whether the save is durable."""
-        return True
-
-    def wait_staged(self) -> None:
-        """Return as soon as the state may be changed again."""
-
-    def result(self, timeout: float | None = None) -> Saved:
-        """The committed save; waits for at most ``timeout`` seconds."""
-        return self._saved
 
 
 class Checkpointer:
@@ -56,20 +56,31 @@ class Checkpointer:
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        on_event: Callable[[Event], object] | None = None,
         options: Options | None = None,
     ) -> None:
         """Open ``root`` (a path, or a URL such as ``s3://bucket/run``), which is made at the first save.
 
         After each commit all steps but the ``keep_last`` newest go, and those that are multiples of ``keep_every`` stay.
+        ``on_event`` is called on each rank with an `Event` for each phase of a save or restore that is over, from any thread.
         """
         self._options = options or Options()
         self._retention = Retention(keep_last=keep_last, keep_every=keep_every)
+        self._sink = Sink(on_event)
         self._store = open_store(root)
         self._root = Root(self._store)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
+        local_ranks = self._coordinator.local_ranks
+        carrier = _make_carrier(self._coordinator, self._store, self._options, local_ranks)
+        self._background = Background(self._saver, self._store, carrier, self._options, local_ranks)
+        self._latest: SaveHandle | None = None
         self._reading: set[int] = set()
         self._closed = False
+        if self._options.stage == "lazy":
+            # Before the first save already: a step that is compiled without a hook does not call one that comes later.
+            STEP_GUARD.attach()
+        _OPEN.add(self)
 
     @property
     def url(self) -> str:
@@ -80,14 +91,32 @@ class Checkpointer:
         """The committed steps, ascending. Not collective: what this rank sees now."""
         return self._root.steps()
 
-    def save(self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
-        """Save ``state`` as ``step``. Raises `AlreadyCommitted` when the step exists; nothing is ever overwritten."""
+    def save(
+        self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None, wait: bool = False
+    ) -> SaveHandle:
+        """Save ``state`` as ``step``; return when it may be changed, as far as ``Options.stage`` says, or, with ``wait``, when
+        the save is durable.
+
+        Raises `AlreadyCommitted` when the step exists (nothing is ever overwritten) and `StateError` for what cannot be
+        saved. Errors of storage and of other ranks are raised by `SaveHandle.result`, and here as ``Options.on_error`` says.
+        """
+        begun = perf_counter()
         self._require_open()
         check_step(step)
         check_metadata(metadata)
-        saved = self._saver.save(f"{step_directory(step)}/", step, state, metadata or {})
-        self._prune(step)
-        return SaveHandle(saved)
+        self._surface()
+        handle = SaveHandle(step)
+        try:
+            if self._admit(handle, wait):
+                self._latest = handle
+                self._start(handle, state, metadata or {}, wait)
+        except (StoreError, CoordinationError) as error:
+            self._end(handle, Timings(), error)
+            if wait or self._options.on_error == "raise":
+                raise
+        finally:
+            handle._add_stall(perf_counter() - begun)
+        return handle
 
     def restore(
         self,
@@ -101,9 +130,12 @@ class Checkpointer:
     ) -> Restored | None:
         """Load ``step``, or the newest committed one, into ``state`` in place; None when there is none to resume from.
 
-        A ``step`` that is not committed raises `CheckpointNotFound`. The other arguments are those of `shardckpt.load`.
+        Waits for a save that is under way. A ``step`` that is not committed raises `CheckpointNotFound`. The other arguments
+        are those of `shardckpt.load`.
         """
         self._require_open()
+        self._background.wait()
+        self._surface()
         selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
         chosen = msgspec.json.decode(self._coordinator.broadcast("restore: find", lambda: self._choose(step)))
         if chosen is None:
@@ -111,9 +143,81 @@ class Checkpointer:
         self._reading.add(chosen)
         try:
             prefix = f"{step_directory(chosen)}/"
-            return Load(self._coordinator, self._store, prefix, selection, self._options).run(state)
+            return Load(self._coordinator, self._store, prefix, selection, self._options, self._sink).run(state)
         finally:
             self._reading.discard(chosen)
+
+    def wait(self) -> None:
+        """Return when no save is under way, whatever has become of it."""
+        self._background.wait()
+
+    def close(self) -> None:
+        """Wait for the save that is under way, and let go of the other ranks. Collective; a second call does nothing.
+
+        With ``on_error="raise"``, an error of the last save that nobody has seen is raised when everything is closed.
+        """
+        if not self._closed:
+            self._closed = True
+            _OPEN.discard(self)
+            self._background.wait()
+            if self._options.stage == "lazy":
+                STEP_GUARD.detach()
+            self._background.close()
+            self._coordinator.close()
+            self._surface()
+
+    def _start(self, handle: SaveHandle, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
+        prefix, timings = f"{step_directory(handle.step)}/", Timings()
+
+        def end(outcome: Outcome) -> None:
+            self._end(handle, timings, outcome)
+
+        if wait:
+            end(self._saver.save(prefix, handle.step, state, metadata, timings))
+        else:
+            self._background.start(handle, prefix, state, metadata, timings, end)
+
+    def _admit(self, handle: SaveHandle, wait: bool) -> bool:
+        """Make sure that no other save is under way; False when this one is to be skipped."""
+        policy = "wait" if wait else self._options.when_busy
+        if policy != "wait" and not self._agree_on_busy(policy, handle):
+            return False
+        self._background.wait()
+        return True
+
+    def _agree_on_busy(self, policy: Literal["skip", "replace"], handle: SaveHandle) -> bool:
+        """Have all ranks do the same with a save that may be over on some of them only."""
+
+        def look() -> bytes:
+            return (self._latest.state if self._latest and self._background.is_busy else "over").encode()
+
+        def judge(states: list[bytes]) -> bytes:
+            if set(states) == {b"over"}:
+                return b"go"
+            if policy == "skip":
+                return b"skip"
+            return b"replace" if set(states) == {b"requested"} else b"go"
+
+        verdict = self._coordinator.round("save: another one under way", look, judge)
+        under_way = self._latest.step if self._latest else None
+        if verdict == b"skip":
+            error = SaveDropped(f"step {handle.step} was not saved: the save of step {under_way} was still under way")
+            logger.warning("%s", error)
+            handle._to_failed(error)
+            return False
+        if verdict == b"replace":
+            self._background.drop(SaveDropped(f"the save of step {under_way} was replaced by that of step {handle.step}"))
+        return True
+
+    def _end(self, handle: SaveHandle, timings: Timings, outcome: Outcome) -> None:
+        """Tell everybody what has become of a save. Called once for each, in any thread."""
+        if isinstance(outcome, CheckpointError):
+            logger.error("the save of step %d in %s failed: %s: %s", handle.step, self.url, type(outcome).__name__, outcome)
+            handle._to_failed(outcome)
+        else:
+            self._prune(handle.step)
+            handle._to_durable(outcome)
+        self._sink.report("save", handle.step, self._coordinator.rank, timings)
 
     def _choose(self, step: int | None) -> bytes:
         steps = self.steps()
@@ -136,19 +240,45 @@ class Checkpointer:
         except StoreError as error:
             logger.warning("could not prune %s after step %d was saved: %s", self.url, newest, error)
 
+    def _surface(self) -> None:
+        """Raise the error of the last save, if it was not seen yet and is to end training."""
+        error = self._latest._take_error() if self._latest is not None and self._latest.done() else None
+        if error is not None and self._options.on_error == "raise" and not isinstance(error, SaveDropped):
+            raise error
+
     def _require_open(self) -> None:
         if self._closed:
             raise CheckpointerClosed(f"the Checkpointer of {self.url} is closed; make a new one", url=self.url)
-
-    def close(self) -> None:
-        """Let go of the other ranks. Collective; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._coordinator.close()
 
     def __enter__(self) -> Checkpointer:
         self._require_open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError:
+            # logged already; it must not hide the error that ends the block
+            if error is None:
+                raise
+
+
+def _make_carrier(coordinator: Coordinator, store: Store, options: Options, local_ranks: int) -> Carrier:
+    limit = None if options.host_memory_limit is None else options.host_memory_limit // local_ranks
+    if options.background == "thread":
+        return ThreadCarrier(coordinator, store, workers=options.workers, limit=limit)
+    if isinstance(store, MemoryStore):
+        raise ConfigError(
+            f"{store.url} lies in the memory of this process, where a background process cannot write: take background='thread'"
+        )
+    return ProcessCarrier(coordinator, store, timeout=options.timeout, workers=options.workers, limit=limit)
+
+
+_OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_saves() -> None:
+    """Wait for saves that are under way when the interpreter exits; background threads still run then."""
+    for checkpointer in list(_OPEN):
+        checkpointer.wait()

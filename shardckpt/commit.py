@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+import msgspec
+
 from ._version import __version__
 from .checksum import encode_digests
 from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, DigestRefused, MissingFile, StoreError
@@ -23,6 +25,7 @@ from .manifest import (
     VERSION,
     FileRecord,
     Manifest,
+    MetricsRecord,
     TensorRecord,
     encode_canonical,
     manifest_digest,
@@ -52,8 +55,8 @@ class Contents:
     """Version of torch."""
 
 
-def build_manifest(plan: Plan, receipts: Sequence[Receipt], contents: Contents) -> bytes:
-    """The manifest of a plan that was carried out; raises `InvalidManifest` if the receipts do not fit the plan."""
+def draft_manifest(plan: Plan, contents: Contents) -> Manifest:
+    """The manifest as far as it is known before anything is written: without files, metrics and time."""
     encoder = LayoutEncoder()
     tensors = {name: TensorRecord(alias=canonical) for name, canonical in plan.aliases.items()}
     for tensor in plan.tensors:
@@ -61,26 +64,31 @@ def build_manifest(plan: Plan, receipts: Sequence[Receipt], contents: Contents) 
         if tensor.writers != (0, 1):
             record = TensorRecord(record.dtype, record.shape, layout=record.layout, writers=tensor.writers)
         tensors[tensor.name] = record
-    data = encode_canonical(
-        Manifest(
-            format=FORMAT,
-            version=VERSION,
-            attempt=contents.attempt,
-            step=contents.step,
-            created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            world_size=plan.world_size,
-            block_size=plan.block_size,
-            meshes=encoder.meshes,
-            layouts=encoder.layouts,
-            tensors=tensors,
-            objects=dict(contents.objects),
-            containers=dict(contents.containers),
-            files=tuple(_file_record(rank, receipt) for rank, receipt in enumerate(receipts)),
-            torch=contents.torch,
-            shardckpt=__version__,
-            metadata=dict(contents.metadata),
-        )
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        attempt=contents.attempt,
+        step=contents.step,
+        created="",
+        world_size=plan.world_size,
+        block_size=plan.block_size,
+        meshes=encoder.meshes,
+        layouts=encoder.layouts,
+        tensors=tensors,
+        objects=dict(contents.objects),
+        containers=dict(contents.containers),
+        files=(),
+        torch=contents.torch,
+        shardckpt=__version__,
+        metadata=dict(contents.metadata),
     )
+
+
+def build_manifest(draft: Manifest, receipts: Sequence[Receipt], metrics: MetricsRecord | None = None) -> bytes:
+    """The manifest of a plan that was carried out; raises `InvalidManifest` if the receipts do not fit the draft."""
+    files = tuple(_file_record(rank, receipt) for rank, receipt in enumerate(receipts))
+    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    data = encode_canonical(msgspec.structs.replace(draft, created=created, files=files, metrics=metrics))
     parse_manifest(data)
     return data
 
@@ -129,6 +137,15 @@ def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:
                 outcome="unknown",
             ) from error
         raise
+
+
+def find_committed(store: Store, prefix: str, attempt: str) -> str | None:
+    """The SHA-256 of the manifest if ``attempt`` has committed here, for one who was not told. Raises `StoreError`."""
+    try:
+        data = store.get(f"{prefix}{MANIFEST_NAME}", MANIFEST_LIMIT)
+    except MissingFile:
+        return None
+    return manifest_digest(data) if parse_manifest(data).manifest.attempt == attempt else None
 
 
 def _committed_attempt(store: Store, name: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import os
 import socket
 import threading
 import time
@@ -25,21 +24,19 @@ import msgspec
 import torch.distributed as dist
 
 from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
-from .meeting import GRACE_SECONDS, Address, default_store, late_ranks, network_name, serve, settle
+from .failure import Failure, describe, rebuild
+from .meeting import GRACE_SECONDS, Address, default_store, late_ranks, network_name, public_host, serve, settle
 from .wire import (
-    Failure,
     Lost,
     Store,
     Wire,
     blame,
     delete_all,
-    describe,
     fetch,
     first_failure,
     name_ranks,
     prefix_store,
     put,
-    rebuild,
     tcp_store,
     wait_for,
 )
@@ -93,6 +90,11 @@ class Coordinator:
         """The number of different hosts."""
         return len(set(self.hosts))
 
+    @property
+    def local_ranks(self) -> int:
+        """The number of ranks on this rank's host."""
+        return self.hosts.count(self.hosts[self.rank])
+
     @classmethod
     def connect(cls, *, timeout: float = 600.0) -> Coordinator:
         """Meet all ranks of the default process group; without one, the only rank is this process.
@@ -122,8 +124,7 @@ class Coordinator:
         try:
             server = serve(timeout)
             port = server.port
-            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-            settle(meeting, key, Address(network_name(), host, port, None))
+            settle(meeting, key, Address(network_name(), public_host(), port, None))
             coordinator = cls(0, dist.get_world_size(), timeout, lambda: tcp_store("localhost", port, timeout), server)
             coordinator._introduce(timeout)
         except BaseException as error:
@@ -209,9 +210,16 @@ class Coordinator:
         Not collective, but every rank has to make the channels that it wants to use. Has to be closed before this one, whose
         store it shares, through a connection of its own.
         """
-        channel = Coordinator(self.rank, self.world_size, self._timeout, lambda: prefix_store(name, self._dial()))
+        channel = Coordinator(self.rank, self.world_size, self._timeout, lambda: self.connection(name))
         channel.hosts = self.hosts
         return channel
+
+    def connection(self, name: str) -> Store:
+        """A connection to the store that all ranks share, with keys under ``name``: for a thread that may block in it.
+
+        Must be dropped before this coordinator is closed. Raises torch's `RuntimeError` when rank 0 cannot be reached.
+        """
+        return prefix_store(name, self._dial())
 
     def exchange_group(self) -> dist.ProcessGroup | None:
         """A gloo group of all ranks for bulk data in CPU memory, made at first need; None when there is only one rank.

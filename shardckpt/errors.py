@@ -10,7 +10,8 @@
     |   |-- UnsupportedLeaf         a value of a type that is not stored; names its path in the tree
     |   |-- DuplicateName           two leaves have the same name
     |   |-- TableMismatch           ranks describe one tensor in ways that do not fit together
-    |   `-- ReplicaDivergence       a replicated tensor or value differs between ranks
+    |   |-- ReplicaDivergence       a replicated tensor or value differs between ranks
+    |   `-- StateChanged            a tensor was changed while the save still needed it
     |-- TargetMismatch              the checkpoint and the target of a load do not fit
     |   |-- MissingNames            strict load: names absent in the checkpoint, or unexpected in it
     |   |-- ShapeMismatch           same name, other shape
@@ -24,6 +25,11 @@
     |   `-- DigestRefused           the manifest is not the one that ``expect_digest`` asked for
     |-- CheckpointNotFound          nothing committed at this place
     |-- AlreadyCommitted            this step is already committed by another save
+    |-- SavePending                 a save is not durable within the time that ``result`` was given (also a TimeoutError)
+    |-- SaveDropped                 a save was skipped, or replaced by a newer one, as ``when_busy`` says
+    |-- BackgroundDied              the process that finishes saves in the background is gone
+    |-- HostMemoryError             there is no host memory to stage a state in
+    |-- DeviceMemoryError           a GPU has had uncorrected memory errors, so the state may be damaged
     |-- StoreError                  the storage refused or failed an operation
     |   |-- AlreadyExists           a name that must be new is taken
     |   |-- NotACheckpointRoot      the place holds something else (a file, foreign data)
@@ -90,6 +96,10 @@ class ReplicaDivergence(StateError):
     """A tensor or value that is replicated differs between ranks; names the key and the ranks."""
 
 
+class StateChanged(StateError):
+    """A tensor was changed in place while a save still needed its value; names the tensors."""
+
+
 class TargetMismatch(CheckpointError):
     """The checkpoint and the target of a load do not fit."""
 
@@ -140,6 +150,29 @@ class CheckpointNotFound(CheckpointError):
 
 class AlreadyCommitted(CheckpointError):
     """The step is already committed by another save; nothing was changed."""
+
+
+class SavePending(CheckpointError, TimeoutError):
+    """A save is not durable, or not staged, within the time that was given; it goes on."""
+
+
+class SaveDropped(CheckpointError):
+    """A save was not made because of another one: ``when_busy`` said to skip it, or to replace it by a newer one."""
+
+
+class BackgroundDied(CheckpointError):
+    """The process that finishes saves in the background ended before the save was durable."""
+
+
+class HostMemoryError(CheckpointError):
+    """There is not even a chunk of host memory to stage a state in."""
+
+
+class DeviceMemoryError(CheckpointError):
+    """A GPU has had memory errors that ECC could not correct, and the state may be damaged: it is not saved.
+
+    ``rank`` and ``gpus`` (uuid, index, name, count, how many of them are new) say where.
+    """
 
 
 class StoreError(CheckpointError):

@@ -33,6 +33,8 @@ class Statement:
     """Of its per-rank tensors."""
     values: dict[str, Any]
     """Its replicated values, encoded, and anything else that must be equal on each rank that has it. Keys are ``kind:name``."""
+    notice: bytes = b""
+    """On rank 0: something to tell all ranks."""
 
 
 class _Introduction(msgspec.Struct):
@@ -40,6 +42,7 @@ class _Introduction(msgspec.Struct):
     values: bytes
     shapes: dict[str, tuple[int, ...]]
     known: bytes
+    notice: bytes
 
 
 class _Outline(msgspec.Struct):
@@ -50,6 +53,7 @@ class _Outline(msgspec.Struct):
     shapes: list[dict[str, tuple[int, ...]]]
     known: bool
     nonce: str
+    notice: bytes
 
 
 class _Contribution(msgspec.Struct):
@@ -73,6 +77,8 @@ class Exchanged:
     """Per-rank shapes by rank."""
     values: dict[str, Any]
     """On rank 0: the values of all ranks together. Elsewhere: this rank's."""
+    notice: bytes
+    """What rank 0 had to tell."""
 
 
 def exchange(coordinator: Coordinator, label: str, make_statement: Callable[[], Statement], known: bytes = b"") -> Exchanged:
@@ -86,7 +92,7 @@ def exchange(coordinator: Coordinator, label: str, make_statement: Callable[[], 
         statement.append(make_statement())
         mine = statement[0]
         values = hashlib.sha256(encode_canonical(mine.values)).digest()
-        return _PACK.encode(_Introduction(hashlib.sha256(mine.table).digest(), values, mine.shapes, known))
+        return _PACK.encode(_Introduction(hashlib.sha256(mine.table).digest(), values, mine.shapes, known, mine.notice))
 
     outline = msgspec.msgpack.decode(coordinator.round(f"{label}: tables", introduce, _make_outline), type=_Outline)
     mine = statement[0]
@@ -94,7 +100,7 @@ def exchange(coordinator: Coordinator, label: str, make_statement: Callable[[], 
     if len(shapes) == 1:
         shapes *= coordinator.world_size
     if outline.known and len(outline.value_senders) == 1:
-        return Exchanged(outline.nonce, outline.key, None, table_of, shapes, mine.values)
+        return Exchanged(outline.nonce, outline.key, None, table_of, shapes, mine.values, outline.notice)
 
     merged = dict(mine.values)
 
@@ -114,7 +120,7 @@ def exchange(coordinator: Coordinator, label: str, make_statement: Callable[[], 
     tables = msgspec.msgpack.decode(
         coordinator.round(f"{label}: distinct tables", contribute, assemble), type=tuple[bytes, ...]
     )
-    return Exchanged(outline.nonce, outline.key, None if outline.known else tables, table_of, shapes, merged)
+    return Exchanged(outline.nonce, outline.key, None if outline.known else tables, table_of, shapes, merged, outline.notice)
 
 
 def _make_outline(payloads: list[bytes]) -> bytes:
@@ -128,7 +134,7 @@ def _make_outline(payloads: list[bytes]) -> bytes:
     key = hashlib.sha256(_PACK.encode([tables, table_of, [sorted(s.items()) for s in shapes]])).digest()
     known = all(i.known == key for i in introductions)
     nonce = secrets.token_hex(8)
-    return _PACK.encode(_Outline(key, table_of, table_senders, value_senders, shapes, known, nonce))
+    return _PACK.encode(_Outline(key, table_of, table_senders, value_senders, shapes, known, nonce, introductions[0].notice))
 
 
 def _number(items: Sequence[bytes]) -> tuple[list[int], list[int]]:

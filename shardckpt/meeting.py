@@ -12,7 +12,8 @@ import msgspec
 import torch.distributed as dist
 
 from .errors import CoordinationError, RankTimeout
-from .wire import Failure, Store, Wire, first_failure, name_ranks, rebuild, tcp_store
+from .failure import Failure, rebuild
+from .wire import Store, Wire, first_failure, name_ranks, tcp_store
 
 GRACE_SECONDS = 5.0
 """How much longer than a deadline one answer of the store may take; also the patience of a farewell."""
@@ -48,6 +49,11 @@ def serve(timeout: float) -> Store:
         return tcp_store("localhost", 0, timeout, is_master=True)
     except RuntimeError as error:
         raise CoordinationError(f"rank 0 cannot listen on any port for the other ranks: {error}", rank=0) from error
+
+
+def public_host() -> str:
+    """The name under which other hosts reach rank 0, on which this is called."""
+    return os.environ.get("MASTER_ADDR") or socket.gethostname()
 
 
 def network_name() -> str:

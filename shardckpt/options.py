@@ -42,7 +42,7 @@ class Options:
     not to change the state before the save is durable, and the save fails where that is seen to be broken.
     """
     background: Literal["thread", "process"] = "thread"
-    """What writes a staged state. A ``process`` leaves the trainer's interpreter alone, and finishes even if the trainer dies."""
+    """What writes a staged state. A ``process`` leaves the trainer's interpreter alone, and finishes when the trainer dies."""
     host_memory_limit: int | None = None
     """Bytes of host memory per node for staged states; None takes what the ranks' files need.
 
@@ -104,3 +104,49 @@ class Retention:
         if self.keep_last is None:
             return []
         return [s for s in steps[: -self.keep_last] if self.keep_every is None or s % self.keep_every]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When `Checkpointer.should_save` says that it is time to save."""
+
+    every_steps: int | None = None
+    """At steps that are multiples of this."""
+    every_seconds: float | None = None
+    """This many seconds after the last save began (or `should_save` was first called), by the clock of rank 0."""
+    continuous: bool = False
+    """As soon as the last save is durable or has failed; the first at once."""
+    max_overhead: float | None = None
+    """The share of the time that saves may cost, 0.02 for two per cent; the first at once.
+
+    The next one is due when what the last one cost, which is measured, is this share of the time since it began: what it kept
+    training waiting, and what training went slower while it was under way.
+    """
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and (type(self.every_steps) is not int or self.every_steps < 1):
+            raise ConfigError(f"every_steps={self.every_steps!r} is not an int of at least 1 (or None)")
+        if self.every_seconds is not None and not _is_number_within(self.every_seconds, 0, 1e9):
+            raise ConfigError(f"every_seconds={self.every_seconds!r} is not a number of seconds above 0 (or None)")
+        if type(self.continuous) is not bool:
+            raise ConfigError(f"continuous={self.continuous!r} is not True or False")
+        if self.max_overhead is not None and not _is_number_within(self.max_overhead, 0, 1):
+            raise ConfigError(
+                f"max_overhead={self.max_overhead!r} is not a share between 0 and 1 (or None); 0.02 lets saves take two per cent "
+                "of the time"
+            )
+        clocks = [name for name in ("every_seconds", "continuous", "max_overhead") if getattr(self, name) not in (None, False)]
+        if len(clocks) > 1:
+            raise ConfigError(
+                f"{' and '.join(clocks)} do not go together: each says by itself when the next save is due. Keep one of them; "
+                "every_steps may stand beside it"
+            )
+
+    @property
+    def timed(self) -> bool:
+        """Whether it depends on time, so that ranks have to agree."""
+        return self.continuous or self.every_seconds is not None or self.max_overhead is not None
+
+
+def _is_number_within(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high

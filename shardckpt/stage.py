@@ -1,28 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staging: a few page-aligned buffers, and the copy of any part of any tensor into one of them."""
+"""Staging: page-aligned host memory, and the copy of any part of any tensor, or of a rank's file, into it."""
 
 from __future__ import annotations
 
 import mmap
 import queue
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .layout import window_boxes
+from .plan import FilePiece
 
 CHUNK = 4 << 20
 """Bytes that are staged, hashed and written in one go, unless a digest block is larger."""
 
 
 class Buffer:
-    """Page-aligned host memory, seen as bytes by Python, numpy and torch."""
+    """Page-aligned host memory, seen as bytes by Python, numpy and torch. It is given back when nobody refers to it."""
 
-    def __init__(self, size: int) -> None:
-        self._memory = mmap.mmap(-1, size)
+    def __init__(self, size: int, fd: int | None = None) -> None:
+        """Map ``size`` bytes: memory of this process, or of the file ``fd``, which other processes can map too."""
+        self.size = size
+        """Bytes."""
+        if fd is None:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if size >= CHUNK and hasattr(mmap, "MADV_HUGEPAGE"):
+                # a third faster to copy into
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            self._memory = mmap.mmap(fd, size)
         self.bytes = memoryview(self._memory)
         """The memory, as bytes."""
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8)
@@ -88,3 +100,45 @@ def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position
         part = tensor.detach()[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
         target[at : at + part.numel()].view(part.shape).copy_(part)
         at += part.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements of one tensor that lie together in a rank's file."""
+
+    name: str
+    """Of the tensor."""
+    start: int
+    """First element of the raveled local tensor."""
+    stop: int
+    """Behind the last one."""
+    offset: int
+    """First byte in the data region of the file."""
+
+
+class FileData:
+    """The data region of one rank's file, as the plan cuts it out of the rank's tensors."""
+
+    def __init__(self, pieces: Sequence[FilePiece], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.nbytes = pieces[-1].offset + pieces[-1].nbytes if pieces else 0
+        """Length in bytes."""
+        self.tensors = tensors
+        """This rank's local tensors by name."""
+        self._pieces = pieces
+        self._offsets = [piece.offset for piece in pieces]
+
+    def parts(self, start: int, stop: int) -> Iterator[Part]:
+        """What bytes ``[start, stop)`` of the region consist of, in order; both are multiples of the items' sizes."""
+        at = bisect_right(self._offsets, start) - 1
+        while at < len(self._pieces) and self._pieces[at].offset < stop:
+            piece = self._pieces[at]
+            low, high = max(start, piece.offset), min(stop, piece.offset + piece.nbytes)
+            if low < high:
+                size = piece.tensor.itemsize
+                first = piece.local[0] + (low - piece.offset) // size
+                yield Part(piece.tensor.name, first, first + (high - low) // size, low)
+            at += 1
+
+    def copy(self, part: Part, buffer: Buffer, position: int) -> None:
+        """Copy a part to byte ``position`` of ``buffer``."""
+        gather(self.tensors[part.name], part.start, part.stop, buffer, position)

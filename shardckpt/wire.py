@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeAlias, TypeVar
 
-import msgspec
 import torch.distributed as dist
 
-from .errors import CheckpointError, RankFailed, error_from_wire
+from .failure import Failure
 
 # TCPStore drops the connection of a client that sends more than 8 MiB in one value.
 _CHUNK_BYTES = 4 << 20
@@ -27,14 +26,6 @@ _T = TypeVar("_T")
 _Task: TypeAlias = "tuple[Future[Any], Callable[[Store], Any]] | None"
 # torch's annotations of stores say ``str`` where they take bytes.
 Store: TypeAlias = Any
-
-
-class Failure(msgspec.Struct, array_like=True):
-    """An error as it travels."""
-
-    kind: str
-    message: str
-    details: dict[str, Any]
 
 
 class Lost(Exception):
@@ -142,6 +133,13 @@ def fetch(store: Store, keys: Sequence[str]) -> list[bytes]:
     return values
 
 
+def mark_all(store: Store, keys: Sequence[str]) -> None:
+    """Have all keys be there, without a value."""
+    for at in range(0, len(keys), _KEYS_AT_ONCE):
+        marked = keys[at : at + _KEYS_AT_ONCE]
+        store.multi_set(marked, [b""] * len(marked))
+
+
 def delete_all(store: Store, keys: Sequence[str]) -> None:
     """Delete the keys that are there."""
     for key in keys:
@@ -153,21 +151,6 @@ def name_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
     names = [f"{rank} ({hosts[rank]})" if hosts else f"{rank}" for rank in ranks[:_MOST_RANKS_NAMED]]
     more = f" and {len(ranks) - len(names)} more" if len(ranks) > len(names) else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}{more}"
-
-
-def describe(error: BaseException) -> Failure:
-    """An error in the form that travels; one from outside the tree of `errors` becomes a `RankFailed`."""
-    if isinstance(error, CheckpointError):
-        failure = Failure(type(error).__name__, error.message, error.details)
-    else:
-        name = type(error).__name__
-        failure = Failure(RankFailed.__name__, f"{name}: {error}", {"error": name})
-    try:
-        msgspec.msgpack.encode(failure)
-    except (TypeError, ValueError, OverflowError):
-        # Details that are no JSON values, or a file name that is no UTF-8.
-        failure = Failure(failure.kind, failure.message.encode(errors="backslashreplace").decode(), {})
-    return failure
 
 
 def blame(failure: Failure, rank: int) -> Failure:
@@ -183,8 +166,3 @@ def first_failure(failures: Mapping[int, Failure]) -> Failure:
         failure.message += f" (failed: {name_ranks(ranks)})"
         failure.details["failed"] = ranks
     return failure
-
-
-def rebuild(failure: Failure) -> CheckpointError:
-    """The error that a failure describes."""
-    return error_from_wire(failure.kind, failure.message, failure.details)

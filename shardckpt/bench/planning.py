@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from ..checksum import DIGEST_BYTES
-from ..commit import Contents, build_manifest
+from ..commit import Contents, build_manifest, draft_manifest
 from ..coordinate import Coordinator
 from ..exchange import Exchanged, Statement, exchange
 from ..header import safetensors_header
@@ -210,7 +210,7 @@ def _simulate_save(report: OnProgress, spec: PlanSpec) -> tuple[dict[str, float]
         torch=str(torch.__version__),
     )
     with watch.on(f"{PLANNING}build the manifest and validate it"):
-        manifest = build_manifest(plan, receipts, contents)
+        manifest = build_manifest(draft_manifest(plan, contents), receipts)
     return watch.seconds, manifest
 
 
@@ -300,6 +300,6 @@ def _make_receipts(plan: Plan, exchanged: Exchanged, header: int) -> list[bytes]
     for rank, data_bytes in enumerate(plan.bytes_by_rank.tolist()):
         digests = os.urandom(DIGEST_BYTES * -(-data_bytes // plan.block_size))
         name = f"step-00001000/{rank_file_name(rank, exchanged.nonce)}"
-        receipt = Receipt(name, header + data_bytes, header, os.urandom(DIGEST_BYTES).hex(), digests, 1.0)
+        receipt = Receipt(name, header + data_bytes, header, os.urandom(DIGEST_BYTES).hex(), digests)
         posted.append(msgspec.msgpack.encode(receipt))
     return posted

@@ -9,7 +9,10 @@ from math import prod
 
 import torch
 
-from shardckpt.commit import Contents, build_manifest, publish
+from shardckpt.commit import Contents, build_manifest, draft_manifest, publish
+from shardckpt.events import Timings
+from shardckpt.feed import LiveSource, chunk_size
+from shardckpt.header import safetensors_header
 from shardckpt.layout import (
     ITEMSIZE,
     GlobalLayout,
@@ -23,6 +26,7 @@ from shardckpt.manifest import rank_file_name
 from shardckpt.plan import Plan, PlannedTensor, make_plan
 from shardckpt.read import CheckpointFiles, Destination, read_into
 from shardckpt.reshard import Want, plan_reads
+from shardckpt.stage import FileData
 from shardckpt.store import Store
 from shardckpt.tables import Described, GlobalTensor, encode_table, merge_tables, per_rank_shapes
 from shardckpt.validate import Checkpoint, parse_manifest
@@ -129,12 +133,18 @@ class Simulated:
             return files.bytes_read
 
 
+def write_file(store: Store, name: str, plan: Plan, rank: int, tensors: Mapping[str, torch.Tensor], *, workers: int) -> Receipt:
+    """One rank's file, straight from its tensors."""
+    pieces = plan.file_pieces(rank)
+    source = LiveSource(FileData(pieces, tensors), chunk_size(plan.block_size), workers, dict)
+    header = safetensors_header(pieces)
+    return write_rank_file(store, name, header, source, plan.block_size, workers=workers, timings=Timings())
+
+
 def write_files(store: Store, plan: Plan, wholes: Mapping[Key, torch.Tensor], prefix: str = "") -> list[Receipt]:
     """Each rank's file; the receipts by rank."""
     return [
-        write_rank_file(
-            store, f"{prefix}{rank_file_name(rank, ATTEMPT)}", plan, rank, local_tensors(plan, rank, wholes), workers=2
-        )
+        write_file(store, f"{prefix}{rank_file_name(rank, ATTEMPT)}", plan, rank, local_tensors(plan, rank, wholes), workers=2)
         for rank in range(plan.world_size)
     ]
 
@@ -142,9 +152,14 @@ def write_files(store: Store, plan: Plan, wholes: Mapping[Key, torch.Tensor], pr
 def save(store: Store, plan: Plan, prefix: str = "") -> Simulated:
     """Write and commit random tensors as ``plan`` says."""
     wholes = random_tensors(plan)
-    data = build_manifest(plan, write_files(store, plan, wholes, prefix), contents())
+    data = manifest_of(plan, write_files(store, plan, wholes, prefix))
     publish(store, prefix, data, ATTEMPT)
     return Simulated(store, prefix, parse_manifest(data), data, wholes)
+
+
+def manifest_of(plan: Plan, receipts: Sequence[Receipt], attempt: str = ATTEMPT) -> bytes:
+    """The manifest that rank 0 builds of receipts."""
+    return build_manifest(draft_manifest(plan, contents(attempt=attempt)), receipts)
 
 
 def invented_receipts(plan: Plan, attempt: str = ATTEMPT) -> list[Receipt]:
@@ -153,7 +168,7 @@ def invented_receipts(plan: Plan, attempt: str = ATTEMPT) -> list[Receipt]:
     for rank, size in enumerate(plan.bytes_by_rank.tolist()):
         blocks = -(-size // plan.block_size)
         name = f"step-00000007/{rank_file_name(rank, attempt)}"
-        receipts.append(Receipt(name, 4096 + size, 4096, "0" * 16, b"12345678" * blocks, 0.1))
+        receipts.append(Receipt(name, 4096 + size, 4096, "0" * 16, b"12345678" * blocks))
     return receipts
 
 

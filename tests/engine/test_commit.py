@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shardckpt.commit import build_manifest, check_visible, publish
+from shardckpt.commit import check_visible, publish
 from shardckpt.errors import AlreadyCommitted, AlreadyExists, CheckpointError, StorageFull, StoreError
 from shardckpt.layout import Mesh, MeshLayout, Shard
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.plan import Plan
 from shardckpt.store import MemoryStore
 from shardckpt.validate import parse_manifest
-from tests.engine.simulate import ATTEMPT, by_hand, contents, invented_receipts, random_tensors, write_files
+from tests.engine.simulate import ATTEMPT, by_hand, invented_receipts, manifest_of, random_tensors, write_files
 
 PREFIX = "step-00000007/"
 NAME = PREFIX + MANIFEST_NAME
@@ -29,7 +29,7 @@ def a_plan() -> Plan:
 
 def a_manifest(attempt: str = ATTEMPT) -> bytes:
     plan = by_hand(1, {})
-    return build_manifest(plan, invented_receipts(plan, attempt), contents(attempt=attempt))
+    return manifest_of(plan, invented_receipts(plan, attempt), attempt)
 
 
 class Network(MemoryStore):

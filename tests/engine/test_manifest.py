@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from shardckpt.commit import build_manifest, read_manifest_bytes
+from shardckpt.commit import read_manifest_bytes
 from shardckpt.errors import DigestRefused, InvalidManifest, MissingFile, StoreError
 from shardckpt.layout import Mesh, MeshLayout, PerRankShapes, Replicate, Shard
 from shardckpt.manifest import (
@@ -27,7 +27,7 @@ from shardckpt.plan import Plan, make_plan
 from shardckpt.store import LocalStore, MemoryStore
 from shardckpt.tables import GlobalTensor
 from shardckpt.validate import parse_manifest
-from tests.engine.simulate import ATTEMPT, by_hand, contents, invented_receipts, save
+from tests.engine.simulate import ATTEMPT, by_hand, invented_receipts, manifest_of, save
 from tests.engine.strategies import plans
 from tests.engine.test_plan import llama, with_adam
 
@@ -35,7 +35,7 @@ from tests.engine.test_plan import llama, with_adam
 @settings(max_examples=200)
 @given(plans())
 def test_the_plan_follows_from_the_manifest(plan: Plan) -> None:
-    data = build_manifest(plan, invented_receipts(plan), contents())
+    data = manifest_of(plan, invented_receipts(plan))
     again = parse_manifest(data).plan
     assert again.tensors == plan.tensors
     assert again.block_size == plan.block_size
@@ -82,11 +82,11 @@ def test_receipts_that_do_not_fit_the_plan_are_refused() -> None:
     plan = by_hand(2, {"x": ("float32", MeshLayout((4,), Mesh((0, 1), (2,)), (Shard(0),)), (0, 1))})
     good = invented_receipts(plan)
     with pytest.raises(InvalidManifest, match=r"files\[1\]: rank 0 in the place of rank 1|is not of attempt"):
-        build_manifest(plan, [good[0], good[0]], contents())
+        manifest_of(plan, [good[0], good[0]])
     with pytest.raises(InvalidManifest, match="files: 1 for 2 ranks"):
-        build_manifest(plan, good[:1], contents())
+        manifest_of(plan, good[:1])
     with pytest.raises(InvalidManifest, match="is not of attempt"):
-        build_manifest(plan, good, contents(attempt="feedfeedfeedfeed"))
+        manifest_of(plan, good, "feedfeedfeedfeed")
 
 
 def test_a_large_job_has_a_small_manifest() -> None:
@@ -95,7 +95,7 @@ def test_a_large_job_has_a_small_manifest() -> None:
     mesh = Mesh(tuple(range(world)), (world,))
     begun = time.perf_counter()
     plan = make_plan(world, with_adam(llama(80, 8192, 28672), mesh, (Shard(0),)))
-    data = build_manifest(plan, invented_receipts(plan), contents())
+    data = manifest_of(plan, invented_receipts(plan))
     parse_manifest(data)
     seconds = time.perf_counter() - begun
     assert len(data) < 2_000_000
@@ -107,7 +107,7 @@ def test_many_ranks_with_tensors_of_their_own() -> None:
     tensors = [GlobalTensor(f"rng/{i}", "uint8", PerRankShapes(((5000,),))) for i in range(3)]
     everywhere = MeshLayout((), Mesh(tuple(range(world)), (world,)), (Replicate(),))
     plan = make_plan(world, [*tensors, GlobalTensor("step", "int64", everywhere)])
-    data = build_manifest(plan, invented_receipts(plan), contents())
+    data = manifest_of(plan, invented_receipts(plan))
     assert len(data) < 400 * world
     assert parse_manifest(data).plan.tensors == plan.tensors
 

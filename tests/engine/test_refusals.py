@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from shardckpt.commit import build_manifest
 from shardckpt.errors import InvalidManifest, UnsupportedVersion
 from shardckpt.layout import BoxLayout, FlatLayout, Mesh, MeshLayout, PerRankShapes, Replicate, Shard
 from shardckpt.manifest import Manifest, encode_canonical
 from shardckpt.plan import Plan, PlannedTensor
 from shardckpt.validate import MAX_WORLD_SIZE, parse_manifest
-from tests.engine.simulate import contents, invented_receipts
+from tests.engine.simulate import invented_receipts, manifest_of
 
 Document = dict[str, Any]
 Edit = Callable[[Document], object]
@@ -37,7 +36,7 @@ def good() -> bytes:
         ],
         {"tied": "mesh"},
     )
-    return build_manifest(plan, invented_receipts(plan), contents())
+    return manifest_of(plan, invented_receipts(plan))
 
 
 GOOD = good()

@@ -20,8 +20,7 @@ from shardckpt.layout import ITEMSIZE, Mesh, MeshLayout, PerRankShapes, Replicat
 from shardckpt.manifest import HEADER_ALIGNMENT
 from shardckpt.plan import Plan
 from shardckpt.store import FileWriter, LocalStore, MemoryStore
-from shardckpt.write import write_rank_file
-from tests.engine.simulate import by_hand, local_tensors, part, random_tensors, same_bits, save
+from tests.engine.simulate import by_hand, local_tensors, part, random_tensors, same_bits, save, write_file
 from tests.store.faults import FaultyFileSystem
 
 LINE2 = Mesh((0, 1), (2,))
@@ -105,7 +104,7 @@ def test_receipts_have_the_digests_of_all_blocks() -> None:
     store = MemoryStore("receipts")
     wholes = random_tensors(plan)
     for rank in range(2):
-        receipt = write_rank_file(store, f"file-{rank}", plan, rank, local_tensors(plan, rank, wholes), workers=3)
+        receipt = write_file(store, f"file-{rank}", plan, rank, local_tensors(plan, rank, wholes), workers=3)
         data = store.get(f"file-{rank}", 1 << 30)
         body = data[receipt.data :]
         assert (len(data), len(body)) == (receipt.size, plan.bytes_by_rank[rank])
@@ -128,10 +127,10 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, operation: str, code:
     plan = by_hand(1, {"x": ("uint8", MeshLayout((20 << 20,), Mesh((0,), (1,)), (Shard(0),)), (0, 1))})
     fs = FaultyFileSystem()
     store = LocalStore(tmp_path, fs)
-    write_rank_file(store, "good", plan, 0, local_tensors(plan, 0, random_tensors(plan)), workers=2)
+    write_file(store, "good", plan, 0, local_tensors(plan, 0, random_tensors(plan)), workers=2)
     fs.fail(operation, code, nth=2)
     with pytest.raises(StorageFull if code == errno.ENOSPC else StoreError):
-        write_rank_file(store, "bad", plan, 0, local_tensors(plan, 0, random_tensors(plan)), workers=2)
+        write_file(store, "bad", plan, 0, local_tensors(plan, 0, random_tensors(plan)), workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
@@ -163,7 +162,7 @@ def test_no_more_threads_write_than_were_asked_for(workers: int) -> None:
     plan = by_hand(1, {"x": ("uint8", MeshLayout((64 << 20,), Mesh((0,), (1,)), (Shard(0),)), (0, 1))})
     store = CountingStore(f"threads-{workers}")
     tensors: dict[str, torch.Tensor] = {"x": torch.zeros(64 << 20, dtype=torch.uint8)}
-    write_rank_file(store, "file", plan, 0, tensors, workers=workers)
+    write_file(store, "file", plan, 0, tensors, workers=workers)
     assert 1 <= store.most <= workers
 
 
@@ -184,6 +183,6 @@ def test_views_are_gathered_chunk_by_chunk(kind: str, view: torch.Tensor) -> Non
     dtype = str(view.dtype).removeprefix("torch.")
     plan = by_hand(1, {"x": (dtype, MeshLayout(shape, Mesh((0,), (1,)), (Replicate(),)), (0, 1))})
     store = MemoryStore(f"views-{kind}")
-    receipt = write_rank_file(store, "file", plan, 0, {"x": view}, workers=2)
+    receipt = write_file(store, "file", plan, 0, {"x": view}, workers=2)
     data = bytearray(store.get("file", 1 << 30)[receipt.data :])
     assert same_bits(torch.frombuffer(data, dtype=view.dtype).view(shape), view.contiguous())

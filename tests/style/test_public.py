@@ -26,6 +26,7 @@ NAMES = [
     "ChecksumMismatch",
     "ConfigError",
     "CoordinationError",
+    "DeviceMemoryError",
     "DigestRefused",
     "DtypeMismatch",
     "DuplicateName",

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer and its background process tell each other: msgpack, one message after the other, over a pair of sockets."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Generic, TypeAlias, TypeVar
+
+import msgspec
+
+from shardckpt.events import Phase
+from shardckpt.failure import Failure
+from shardckpt.feed import Failed, Filled, Staged, Written
+from shardckpt.finish import Job
+
+Snapshot: TypeAlias = dict[Phase, tuple[float, int]]
+
+
+class Setup(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The first message to a background process."""
+
+    url: str
+    """Of the store."""
+    rank: int
+    world_size: int
+    hosts: tuple[str, ...]
+    """By rank."""
+    timeout: float
+    """Seconds, as in `Options`."""
+    workers: int
+    """Threads that hash and write."""
+
+
+class Listening(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0's process has a store for the next save, where the processes of all ranks meet."""
+
+    port: int
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A save; news of how far it is staged follows."""
+
+    job: Job
+    nbytes: int
+    """Of the data region."""
+    chunk: int
+    """Bytes."""
+    memory: int
+    """Bytes of shared memory."""
+    meeting: tuple[str, int]
+    """Host and port of the store where the processes meet for this save."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End when nothing is left to do."""
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The save is durable."""
+
+    digest: str
+    timings: Snapshot
+
+
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """The save has failed on all ranks."""
+
+    error: Failure
+    timings: Snapshot
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """The other end is closed. Never sent."""
+
+
+Order: TypeAlias = Setup | Begin | Filled | Staged | Failed | Stop
+Report: TypeAlias = Listening | Written | Done | Broken
+_Heard = TypeVar("_Heard", Order, Report)
+
+
+class Line(Generic[_Heard]):
+    """One end of a pair of sockets. Any thread may send, one may listen."""
+
+    def __init__(self, connection: Connection, kind: object) -> None:
+        """``kind`` is what is heard here: `Order` or `Report`."""
+        self._connection = connection
+        self._decoder: msgspec.msgpack.Decoder[_Heard] = msgspec.msgpack.Decoder(kind)
+        self._lock = threading.Lock()
+
+    def send(self, message: Order | Report) -> None:
+        """Send a message. When the other end is gone, it is lost: `receive` tells."""
+        data = msgspec.msgpack.encode(message)
+        with self._lock, suppress(OSError):
+            self._connection.send_bytes(data)
+
+    def receive(self) -> _Heard | Gone:
+        """The next message."""
+        try:
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            return Gone()
+        return self._decoder.decode(data)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's side of a background process: starts it, tells it what is staged, and finds out what became of a save."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+import shardckpt
+from shardckpt.commit import find_committed
+from shardckpt.coordinate import Coordinator
+from shardckpt.errors import BackgroundDied, CheckpointError
+from shardckpt.events import Timings
+from shardckpt.failure import rebuild
+from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
+from shardckpt.finish import Job
+from shardckpt.hostmemory import HostMemory
+from shardckpt.meeting import Address, network_name, public_host
+from shardckpt.store import Store
+from shardckpt.wire import tcp_store
+
+from .carrier import Carrier, make_feed
+from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Report, Setup, Stop
+
+_START_SECONDS = 120.0
+_END_SECONDS = 10.0
+_Item: TypeAlias = News | Report | Gone
+
+
+class ProcessCarrier(Carrier):
+    """Hands saves over to a process of their own, which is started at once and, when it was killed, again for the next save."""
+
+    def __init__(self, coordinator: Coordinator, store: Store, *, timeout: float, workers: int, limit: int | None) -> None:
+        self.memory = HostMemory(limit=limit, shared=True)
+        self._store = store
+        self._coordinator = coordinator
+        self._setup = Setup(
+            url=store.url,
+            rank=coordinator.rank,
+            world_size=coordinator.world_size,
+            hosts=coordinator.hosts,
+            timeout=timeout,
+            workers=workers,
+        )
+        self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._on_staged: Callable[[], None] = lambda: None
+        self._process = BackgroundProcess(self._setup, self.memory)
+
+    def notice(self) -> bytes:
+        if self._setup.rank != 0 or self._setup.world_size == 1:
+            return b""
+        port = self._running().wait_for_port()
+        return msgspec.msgpack.encode(Address(network_name(), public_host(), port, None))
+
+    def feed(self, nbytes: int, chunk: int, on_staged: Callable[[], None]) -> Feed:
+        # a queue for each save, so that nothing that comes late is taken for news of the next one
+        self._items, self._on_staged = queue.SimpleQueue(), on_staged
+        return make_feed(self.memory, nbytes, chunk, self._items.put)
+
+    def carry(self, job: Job, source: Source, notice: bytes, timings: Timings) -> str:
+        assert isinstance(source, Feed)
+        process, meeting = self._running(), _meeting(notice)
+        process.begin(job, source, meeting, self._items)
+        while True:
+            match item := self._items.get():
+                case Filled() | Failed():
+                    process.send(item)
+                case Staged():
+                    process.send(item)
+                    self._on_staged()
+                case Written():
+                    source.hear(item)
+                case Done(digest, snapshot):
+                    timings.merge(snapshot)
+                    return digest
+                case Broken(failure, snapshot):
+                    timings.merge(snapshot)
+                    raise rebuild(failure)
+                case Gone():
+                    return self._take_over(job, meeting, process.describe_end())
+
+    def close(self) -> None:
+        self._process.close()
+        self.memory.close()
+
+    def _running(self) -> BackgroundProcess:
+        if not self._process.is_running:
+            self._process.close()
+            self._process = BackgroundProcess(self._setup, self.memory)
+        return self._process
+
+    def _take_over(self, job: Job, meeting: tuple[str, int], how: str) -> str:
+        """Tell the other ranks in place of a process that has died, unless it had committed."""
+        setup = self._setup
+        error = BackgroundDied(
+            f"the background process of rank {setup.rank} {how} in the save of step {job.step}", rank=setup.rank
+        )
+
+        def fail() -> bytes:
+            raise error
+
+        if setup.rank != 0:
+            host, port = meeting
+            stand_in = Coordinator(setup.rank, setup.world_size, setup.timeout, lambda: tcp_store(host, port, setup.timeout))
+            stand_in.hosts = setup.hosts
+            with stand_in, contextlib.suppress(CheckpointError):
+                stand_in.round("save: write", fail)
+        digest = find_committed(self._store, job.prefix, job.attempt)
+        if digest is None:
+            raise error
+        return digest
+
+
+class BackgroundProcess:
+    """A running background process, and the line to it."""
+
+    def __init__(self, setup: Setup, memory: HostMemory) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        descriptors = (theirs.fileno(), memory.fd or 0)
+        package = str(Path(shardckpt.__file__).parent.parent)
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "shardckpt.background", *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
+            # It never needs a GPU, and must not take memory of one.
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        theirs.close()
+        self._line: Line[Report] = Line(ours, Report)
+        self._line.send(setup)
+        self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._port: int | None = None
+        self._gone = False
+        self._changed = threading.Condition()
+        self._listener = threading.Thread(target=self._listen, name="shardckpt-reports", daemon=True)
+        self._listener.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is there, as far as is known."""
+        return not self._gone
+
+    def send(self, order: Order) -> None:
+        """Tell it something."""
+        self._line.send(order)
+
+    def begin(self, job: Job, feed: Feed, meeting: tuple[str, int], items: queue.SimpleQueue[_Item]) -> None:
+        """Hand over a save; what comes back is put into ``items``."""
+        with self._changed:
+            self._items, self._port = items, None
+            if self._gone:
+                items.put(Gone())
+        memory = feed.memory.size
+        self._line.send(Begin(job=job, nbytes=feed.nbytes, chunk=feed.chunk, memory=memory, meeting=meeting))
+        if feed.failure is not None:
+            self._line.send(Failed(feed.failure))
+
+    def wait_for_port(self) -> int:
+        """The port where rank 0's process will meet the others for the next save."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._gone or self._port is not None, _START_SECONDS)
+            if self._port is None:
+                raise BackgroundDied(f"the background process of rank 0 {self.describe_end()} before it was ready", rank=0)
+            return self._port
+
+    def describe_end(self) -> str:
+        """How it ended, for a message."""
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "does not answer"
+        return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+    def close(self) -> None:
+        """Let go of it, and wait until it has ended."""
+        self._line.send(Stop())
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join()
+        self._line.close()
+
+    def _listen(self) -> None:
+        while True:
+            report = self._line.receive()
+            with self._changed:
+                if isinstance(report, Listening):
+                    self._port = report.port
+                else:
+                    self._items.put(report)
+                self._gone = isinstance(report, Gone)
+                self._changed.notify_all()
+                if self._gone:
+                    return
+
+
+def _meeting(notice: bytes) -> tuple[str, int]:
+    if not notice:
+        return "", 0
+    address = msgspec.msgpack.decode(notice, type=Address)
+    return ("localhost" if address.network == network_name() else address.host), address.port

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors as plain data, which other ranks and processes raise again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .errors import CheckpointError, RankFailed, error_from_wire
+
+
+class Failure(msgspec.Struct, array_like=True):
+    """An error as it travels."""
+
+    kind: str
+    message: str
+    details: dict[str, Any]
+
+
+def describe(error: BaseException) -> Failure:
+    """An error in the form that travels; one from outside the tree of `errors` becomes a `RankFailed`."""
+    if isinstance(error, CheckpointError):
+        failure = Failure(type(error).__name__, error.message, error.details)
+    else:
+        name = type(error).__name__
+        failure = Failure(RankFailed.__name__, f"{name}: {error}", {"error": name})
+    try:
+        msgspec.msgpack.encode(failure)
+    except (TypeError, ValueError, OverflowError):
+        # Details that are no JSON values, or a file name that is no UTF-8.
+        failure = Failure(failure.kind, failure.message.encode(errors="backslashreplace").decode(), {})
+    return failure
+
+
+def rebuild(failure: Failure) -> CheckpointError:
+    """The error that a failure describes."""
+    return error_from_wire(failure.kind, failure.message, failure.details)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host memory that staged states lie in: how much of it, where, and that it is used again by the next save."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+
+from .errors import ConfigError, HostMemoryError
+from .feed import num_chunks
+from .stage import Buffer
+
+logger = logging.getLogger("shardckpt")
+
+_FALLBACK_CHUNKS = 16
+
+
+class HostMemory:
+    """Memory for one staged file, kept from save to save and grown when a larger one comes.
+
+    With ``shared`` it is a file in memory without a name, which another process maps through its descriptor. It is gone when
+    the last process that has it is, however that ends, and no mount such as /dev/shm has to have room for it.
+    """
+
+    def __init__(self, *, limit: int | None = None, shared: bool = False) -> None:
+        """``limit`` is in bytes, and this rank's share."""
+        self._limit = limit
+        self.fd = os.memfd_create("shardckpt", os.MFD_CLOEXEC) if shared else None
+        """Descriptor of shared memory."""
+        self._buffer: Buffer | None = None
+
+    def reserve(self, nbytes: int, chunk: int) -> Buffer:
+        """Memory for a file of ``nbytes`` bytes, in whole chunks; for fewer chunks than that where more is not to be had.
+
+        Raises `ConfigError` when the limit is below one chunk, `HostMemoryError` when the system has not even that.
+        """
+        wanted = max(1, num_chunks(nbytes, chunk)) * chunk
+        if self._limit is not None and wanted > self._limit:
+            wanted = self._limit // chunk * chunk
+            if not wanted:
+                raise ConfigError(
+                    f"host_memory_limit leaves this rank {self._limit} bytes to stage its file in, and one chunk of it "
+                    f"has {chunk}: set it to at least {chunk} bytes for each rank of the node"
+                )
+        if self._buffer is None or self._buffer.size < wanted:
+            self._buffer = None
+            self._buffer = self._allocate(wanted, chunk)
+        return self._buffer
+
+    def _allocate(self, wanted: int, chunk: int) -> Buffer:
+        least = min(wanted, _FALLBACK_CHUNKS * chunk)
+        for size in dict.fromkeys((wanted, least, chunk)):
+            try:
+                if self.fd is not None:
+                    # takes the memory now: a write to a page that cannot be had would kill the process
+                    os.posix_fallocate(self.fd, 0, size)
+                return Buffer(size, self.fd)
+            except (OSError, MemoryError) as error:
+                logger.warning("no %d bytes of host memory to stage a state in: %s", size, error)
+                cause = error
+        raise HostMemoryError(
+            f"there are not even {chunk} bytes of host memory to stage a state in: {cause}. "
+            "Free memory, or save with wait=True",
+            bytes=chunk,
+        )
+
+    def close(self) -> None:
+        """Give the memory back, as soon as nobody uses it."""
+        self._buffer = None
+        if self.fd is not None:
+            with suppress(OSError):
+                os.close(self.fd)
+            self.fd = None
