@@ -11,10 +11,12 @@ import typer
 
 from shardckpt.maintain.contents import Item, list_items, matches
 from shardckpt.maintain.stored import StoredCheckpoint, open_checkpoint
+from shardckpt.maintain.timings import list_timings
 from shardckpt.store import open_store
 
 from .arguments import AsJson, Place
 from .output import count_text, print_fields, print_json, print_table, say, size_text
+from .timings import print_timings
 
 
 def show(
@@ -24,23 +26,31 @@ def show(
         typer.Option("--tensors", metavar="GLOB", help="List only names that match, such as 'model/*'. May be repeated."),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="List the values too (hyperparameters, counters).")] = False,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Instead of tensors, show what the save spent its time on, by phase and rank.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint: when and by whom it was saved, and for each tensor dtype, shape, placement and who wrote it.
 
     --json: {path, step, created, world_size, digest, attempt, bytes, files: [{rank, name, size}], torch, shardckpt, metadata,
-    tensors: [{name, kind, dtype, shape, bytes, layout: {placement, mesh, ranks, writers}, alias_of}], values: {name: value}}
+    tensors: [{name, kind, dtype, shape, bytes, layout: {placement, mesh, ranks, writers}, alias_of}], values: {name: value}}.
+    With --timings also timings: [{phase, seconds: [by rank], bytes: [by rank] or null, slowest}], which is empty when the
+    manifest does not tell; of receipts there is rank 0 only.
     """
     stored = open_checkpoint(open_store(path))
     items = [item for item in list_items(stored, tensors) if item.kind != "value"]
     objects = {n: v for n, v in sorted(stored.checkpoint.manifest.objects.items()) if matches(n, tensors)}
     if as_json:
-        print_json(_document(stored, items, objects))
+        print_json(_document(stored, items, objects) | ({"timings": list_timings(stored)} if timings else {}))
         return
     print_fields(_summary(stored))
     say()
-    columns = ("name", "dtype", "shape", "size", "placement", "mesh", "ranks", "writers")
-    print_table(columns, [_row(item) for item in items], numbers=("size",))
+    if timings:
+        _print_timings(stored)
+    else:
+        columns = ("name", "dtype", "shape", "size", "placement", "mesh", "ranks", "writers")
+        print_table(columns, [_row(item) for item in items], numbers=("size",))
     if values:
         say()
         print_table(("name", "value"), [(name, json.dumps(value)) for name, value in objects.items()])
@@ -63,6 +73,14 @@ def _summary(stored: StoredCheckpoint) -> list[tuple[str, str]]:
     if manifest.metadata:
         fields.append(("metadata", json.dumps(manifest.metadata)))
     return fields
+
+
+def _print_timings(stored: StoredCheckpoint) -> None:
+    phases = list_timings(stored)
+    if phases:
+        print_timings(phases, stored.checkpoint.manifest.world_size)
+    else:
+        say(f"No timings: shardckpt {stored.checkpoint.manifest.shardckpt} put none into the manifest of this checkpoint.")
 
 
 def _row(item: Item) -> tuple[str, ...]:
