@@ -9,7 +9,7 @@ import pynvml
 import pytest
 import torch
 
-from shardckpt.gpu import GPU, Link, Nvml, gpu_of, local_nvml, read_numa_node
+from shardckpt.gpu.nvml import GPU, Link, Nvml, gpu_of, local_nvml, read_numa_node
 from tests.gpu.driver import GIB, Card, Cuda, Driver
 
 A, B = "11111111-2222-3333-4444-555555555555", "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
@@ -124,7 +124,7 @@ def test_a_machine_without_a_driver_says_so_once(caplog: pytest.LogCaptureFixtur
         assert nvml.missing == "NVML Shared Library Not Found"
         assert (nvml.describe(f"GPU-{A}"), nvml.uncorrected_errors(f"GPU-{A}")) == (None, None)
         assert (nvml.driver, nvml.uuids()) == (None, [])
-        assert gpu_of(torch.device("cuda", 0), nvml, Cuda(A), visible="") is None
+        assert gpu_of(torch.device("cuda", 0), nvml, Cuda(A), environ={}) is None
     assert len(caplog.records) == 1
     assert driver.calls == []
 
@@ -205,13 +205,13 @@ def test_a_slice_whose_whole_is_not_told() -> None:
 
 @pytest.mark.parametrize("told", [A, B], ids=["of the whole", "of the slice"])
 def test_a_slice_is_found_whichever_uuid_torch_tells(told: str) -> None:
-    gpu = gpu_of(torch.device("cuda", 0), nvml_of(mig()), Cuda(told), visible=f"MIG-{B}")
+    gpu = gpu_of(torch.device("cuda", 0), nvml_of(mig()), Cuda(told), environ={"CUDA_VISIBLE_DEVICES": f"MIG-{B}"})
     assert gpu is not None
     assert (gpu.uuid, gpu.index) == (f"MIG-{B}", 0)
 
 
 def test_a_slice_is_found_by_its_uuid_alone() -> None:
-    gpu = gpu_of(torch.device("cuda", 0), nvml_of(mig()), Cuda(B), visible="")
+    gpu = gpu_of(torch.device("cuda", 0), nvml_of(mig()), Cuda(B), environ={})
     assert gpu is not None
     assert gpu.uuid == f"MIG-{B}"
 
@@ -223,14 +223,14 @@ def test_a_slice_is_found_by_its_uuid_alone() -> None:
 def test_a_device_is_found_by_uuid_however_cuda_numbers_it(order: tuple[str, ...]) -> None:
     nvml = nvml_of(Driver(Card(f"GPU-{A}"), Card(f"GPU-{B}")))
     for index, uuid in enumerate(order):
-        gpu = gpu_of(torch.device("cuda", index), nvml, Cuda(*order), visible="")
+        gpu = gpu_of(torch.device("cuda", index), nvml, Cuda(*order), environ={})
         assert gpu is not None
         assert (gpu.uuid, gpu.index) == (f"GPU-{uuid}", index)
 
 
 def test_a_device_without_a_number_is_the_current_one() -> None:
     nvml = nvml_of(Driver(Card(f"GPU-{A}"), Card(f"GPU-{B}")))
-    gpu = gpu_of(torch.device("cuda"), nvml, Cuda(A, B, current=1), visible="")
+    gpu = gpu_of(torch.device("cuda"), nvml, Cuda(A, B, current=1), environ={})
     assert gpu is not None
     assert (gpu.uuid, gpu.index) == (f"GPU-{B}", 1)
 
@@ -244,13 +244,13 @@ def test_a_cpu_is_no_gpu_and_nobody_is_asked() -> None:
 @pytest.mark.parametrize("error", [RuntimeError("Cannot re-initialize CUDA in forked subprocess"), AssertionError("no CUDA")])
 def test_a_torch_that_does_not_tell(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "shardckpt"):
-        assert gpu_of(torch.device("cuda", 0), nvml_of(Driver()), Cuda(A, error=error), visible="") is None
+        assert gpu_of(torch.device("cuda", 0), nvml_of(Driver()), Cuda(A, error=error), environ={}) is None
     assert str(error) in caplog.text
 
 
 def test_a_device_that_the_driver_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "shardckpt"):
-        assert gpu_of(torch.device("cuda", 0), nvml_of(Driver(Card(f"GPU-{B}"))), Cuda(A), visible="") is None
+        assert gpu_of(torch.device("cuda", 0), nvml_of(Driver(Card(f"GPU-{B}"))), Cuda(A), environ={}) is None
     assert [record.getMessage() for record in caplog.records] == [f"the NVIDIA driver does not know cuda:0, whose UUID is {A}"]
 
 

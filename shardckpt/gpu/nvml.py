@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,11 +241,10 @@ def local_nvml() -> Nvml:
     return Nvml()
 
 
-def gpu_of(device: torch.device, nvml: Nvml | None = None, cuda: Any = torch.cuda, visible: str | None = None) -> GPU | None:
-    """What the driver knows of a CUDA device of torch; None for any other device, and when it knows nothing.
-
-    ``visible`` is CUDA_VISIBLE_DEVICES, taken from the environment by default.
-    """
+def gpu_of(
+    device: torch.device, nvml: Nvml | None = None, cuda: Any = torch.cuda, environ: Mapping[str, str] = os.environ
+) -> GPU | None:
+    """What the driver knows of a CUDA device of torch; None for any other device, and when it knows nothing."""
     if device.type != "cuda":
         return None
     nvml = local_nvml() if nvml is None else nvml
@@ -255,7 +254,7 @@ def gpu_of(device: torch.device, nvml: Nvml | None = None, cuda: Any = torch.cud
     except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, no such device, or a forked process
         logger.info("torch does not tell which GPU %s is: %s", device, error)
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     # CUDA numbers the devices that it was told of, in its own order: only the UUID says which one it is. A MIG slice has to be
     # named to be seen; torch may then tell its UUID or that of the whole GPU.
     names = [visible.split(",")[0].strip()] if visible.startswith("MIG-") else []
