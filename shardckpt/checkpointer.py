@@ -24,7 +24,7 @@ from .errors import (
     CheckpointError,
     CheckpointNotFound,
     ConfigError,
-    CoordinationError,
+    NotACheckpointRoot,
     SaveDropped,
     StoreError,
 )
@@ -110,9 +110,9 @@ class Checkpointer:
             if self._admit(handle, wait):
                 self._latest = handle
                 self._start(handle, state, metadata or {}, wait)
-        except (StoreError, CoordinationError) as error:
+        except StoreError as error:
             self._end(handle, Timings(), error)
-            if wait or self._options.on_error == "raise":
+            if wait or self._options.on_error == "raise" or isinstance(error, NotACheckpointRoot):
                 raise
         finally:
             handle._add_stall(perf_counter() - begun)

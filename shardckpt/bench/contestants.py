@@ -85,7 +85,7 @@ class Engine(Contestant):
         self._restored: Restored | None = None
 
     def save(self, number: int) -> None:
-        self._checkpointer.save(number, self._workload.state).result()
+        self._checkpointer.save(number, self._workload.state, wait=True)
 
     def load(self, number: int, *, warm: bool) -> None:
         self._restored = self._checkpointer.restore(self._workload.state, step=number)

@@ -18,6 +18,6 @@ def root(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     with shardckpt.Checkpointer(path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, state(step), metadata={"run": "test"})
+            checkpointer.save(step, state(step), metadata={"run": "test"}, wait=True)
     torch.set_num_threads(1)
     return path

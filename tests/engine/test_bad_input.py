@@ -57,7 +57,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     """A root with one good step, which has to be there unchanged, and loadable, when the test is over."""
     place = tmp_path / "run"
     with shardckpt.Checkpointer(place) as ckpt:
-        ckpt.save(1, GOOD)
+        ckpt.save(1, GOOD, wait=True)
     before = contents(place)
     yield place
     assert contents(place) == before
@@ -117,7 +117,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
 def test_leaves_that_are_not_stored(root: Path, leaf: Any, advice: str) -> None:
     state = {"model": {"w": torch.zeros(2)}, "extra": {"here": leaf}}
     with shardckpt.Checkpointer(root) as ckpt, pytest.raises((UnsupportedLeaf, StateError)) as caught:
-        ckpt.save(2, state)
+        ckpt.save(2, state, wait=True)
     assert "extra/here" in str(caught.value)
     assert advice in str(caught.value)
 
@@ -143,16 +143,16 @@ STATES: dict[str, tuple[Any, type[CheckpointError], str]] = {
 @pytest.mark.parametrize(("state", "kind", "advice"), STATES.values(), ids=STATES)
 def test_states_that_cannot_be_saved(root: Path, state: Any, kind: type[CheckpointError], advice: str) -> None:
     with shardckpt.Checkpointer(root) as ckpt, pytest.raises(kind) as caught:
-        ckpt.save(2, state)
+        ckpt.save(2, state, wait=True)
     assert advice in str(caught.value)
 
 
 def test_metadata_that_is_not_stored(root: Path) -> None:
     with shardckpt.Checkpointer(root) as ckpt:
         with pytest.raises(UnsupportedLeaf, match="'metadata"):
-            ckpt.save(2, GOOD, metadata={"f": Plain()})
+            ckpt.save(2, GOOD, metadata={"f": Plain()}, wait=True)
         with pytest.raises((CheckpointError, TypeError, ValueError)):
-            ckpt.save(2, GOOD, metadata=3)  # type: ignore[arg-type]
+            ckpt.save(2, GOOD, metadata=3, wait=True)  # type: ignore[arg-type]
 
 
 # ---- on ranks: they have to agree
@@ -229,7 +229,7 @@ RANK_STATES: dict[str, tuple[Callable[[int], Any], type[CheckpointError], list[s
 
 def save_state(root: str, case: str) -> None:
     with shardckpt.Checkpointer(root, options=Options(timeout=30)) as ckpt:
-        ckpt.save(2, RANK_STATES[case][0](dist.get_rank()))
+        ckpt.save(2, RANK_STATES[case][0](dist.get_rank()), wait=True)
 
 
 @pytest.mark.parametrize("case", RANK_STATES)
@@ -243,7 +243,7 @@ def test_ranks_that_do_not_agree(ranks: RankPool, root: Path, case: str) -> None
 
 def save_other_step(root: str) -> None:
     with shardckpt.Checkpointer(root, options=Options(timeout=30)) as ckpt:
-        ckpt.save(2 + dist.get_rank() // 2, {"w": 1})
+        ckpt.save(2 + dist.get_rank() // 2, {"w": 1}, wait=True)
 
 
 def test_ranks_that_save_other_steps(ranks: RankPool, root: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_step_where_a_file_is(root: Path) -> None:
     blocking = root / "step-00000002"
     blocking.write_text("mine")
     with shardckpt.Checkpointer(root) as ckpt, pytest.raises(NotACheckpointRoot, match="not a directory but a file"):
-        ckpt.save(2, GOOD)
+        ckpt.save(2, GOOD, wait=True)
     assert blocking.read_text() == "mine"
     blocking.unlink()
 
@@ -320,12 +320,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_full(small_disk: Path) -> None:
     with shardckpt.Checkpointer(small_disk / "run") as ckpt:
-        ckpt.save(1, {"w": torch.ones(1000)})
+        ckpt.save(1, {"w": torch.ones(1000)}, wait=True)
         for _ in range(2):
             with pytest.raises(StorageFull, match="free space there, or prune older checkpoints"):
-                ckpt.save(2, {"w": torch.ones(1_000_000)})
+                ckpt.save(2, {"w": torch.ones(1_000_000)}, wait=True)
         assert [path.name for path in (small_disk / "run").iterdir()] == ["step-00000001"]
-        ckpt.save(2, {"w": torch.ones(1001)})
+        ckpt.save(2, {"w": torch.ones(1001)}, wait=True)
         assert ckpt.steps() == [1, 2]
 
 
@@ -343,9 +343,9 @@ def test_a_disk_that_is_read_only(small_disk: Path) -> None:
 
 def test_saves_after_close_and_steps_that_are_there(root: Path) -> None:
     with shardckpt.Checkpointer(root) as ckpt, pytest.raises(AlreadyCommitted, match="save another step, or remove that one"):
-        ckpt.save(1, {"other": 1})
+        ckpt.save(1, {"other": 1}, wait=True)
     with pytest.raises(CheckpointerClosed, match="make a new one"):
-        ckpt.save(2, GOOD)
+        ckpt.save(2, GOOD, wait=True)
 
 
 def load_alone(url: str) -> list[float]:
@@ -366,7 +366,7 @@ def test_one_process_loads_what_several_have_saved(ranks: RankPool, tmp_path: Pa
 
 def save_at_another_place(root: str) -> None:
     with shardckpt.Checkpointer(f"{root}-{dist.get_rank()}", options=Options(timeout=30)) as ckpt:
-        ckpt.save(2, {"w": torch.zeros(2)})
+        ckpt.save(2, {"w": torch.zeros(2)}, wait=True)
 
 
 def test_a_directory_that_is_not_shared(ranks: RankPool, root: Path) -> None:

@@ -46,7 +46,7 @@ def test_an_empty_root_has_nothing_to_restore(root: Path) -> None:
 def test_the_newest_step_is_restored(root: Path) -> None:
     with shardckpt.Checkpointer(root) as ckpt:
         for step in (10, 5, 20, 15):
-            ckpt.save(step, a_state(step), metadata={"loss": step / 2})
+            ckpt.save(step, a_state(step), metadata={"loss": step / 2}, wait=True)
         assert ckpt.steps() == [5, 10, 15, 20]
         state = a_state(0)
         restored = ckpt.restore(state)
@@ -71,19 +71,19 @@ def test_a_new_process_goes_on_where_the_last_one_stopped(root: Path) -> None:
             first = restored.step + 1 if restored else 0
             assert first == 2 * session
             for step in (first, first + 1):
-                ckpt.save(step, a_state(step))
+                ckpt.save(step, a_state(step), wait=True)
 
 
 def test_attempts_without_a_manifest_are_not_steps(root: Path) -> None:
     with shardckpt.Checkpointer(root) as ckpt:
-        ckpt.save(1, a_state(1))
-        ckpt.save(2, a_state(2))
+        ckpt.save(1, a_state(1), wait=True)
+        ckpt.save(2, a_state(2), wait=True)
         (root / "step-00000002" / "manifest.json").unlink()
         assert ckpt.steps() == [1]
         restored = ckpt.restore(a_state(0))
         assert restored is not None
         assert restored.step == 1
-        ckpt.save(2, a_state(2))
+        ckpt.save(2, a_state(2), wait=True)
         assert ckpt.steps() == [1, 2]
         assert shardckpt.load(root).state["step"] == 2
 
@@ -92,7 +92,7 @@ def test_a_damaged_newest_step_is_not_passed_over(root: Path) -> None:
     """An older one is restored only when it is asked for."""
     with shardckpt.Checkpointer(root) as ckpt:
         for step in (1, 2):
-            ckpt.save(step, a_state(step))
+            ckpt.save(step, a_state(step), wait=True)
         manifest = root / "step-00000002" / "manifest.json"
         manifest.write_bytes(manifest.read_bytes()[:-10])
         state = a_state(0)
@@ -120,7 +120,7 @@ def test_a_damaged_newest_step_is_not_passed_over(root: Path) -> None:
 def test_old_steps_go(root: Path, options: dict[str, int], left: list[int]) -> None:
     with shardckpt.Checkpointer(root, keep_last=options.get("keep_last"), keep_every=options.get("keep_every")) as ckpt:
         for step in range(7):
-            ckpt.save(step, a_state(step))
+            ckpt.save(step, a_state(step), wait=True)
         assert ckpt.steps() == left
         assert sorted(path.name for path in root.iterdir()) == [f"step-{step:08}" for step in left]
         for step in left:
@@ -129,41 +129,41 @@ def test_old_steps_go(root: Path, options: dict[str, int], left: list[int]) -> N
 
 def test_a_step_saved_out_of_order_is_not_pruned_by_its_own_save(root: Path) -> None:
     with shardckpt.Checkpointer(root, keep_last=1) as ckpt:
-        ckpt.save(100, a_state(100))
-        ckpt.save(50, a_state(50))
+        ckpt.save(100, a_state(100), wait=True)
+        ckpt.save(50, a_state(50), wait=True)
         assert ckpt.steps() == [50, 100]
-        ckpt.save(101, a_state(101))
+        ckpt.save(101, a_state(101), wait=True)
         assert ckpt.steps() == [101]
 
 
 def test_a_failed_save_prunes_nothing(root: Path) -> None:
     with shardckpt.Checkpointer(root, keep_last=1) as ckpt:
-        ckpt.save(1, a_state(1))
+        ckpt.save(1, a_state(1), wait=True)
         with pytest.raises(shardckpt.UnsupportedLeaf):
-            ckpt.save(2, {"f": open})
+            ckpt.save(2, {"f": open}, wait=True)
         assert ckpt.steps() == [1]
 
 
 def test_a_prune_that_fails_is_logged_and_the_save_stands(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with shardckpt.Checkpointer(root, keep_last=1) as ckpt:
-        ckpt.save(1, a_state(1))
+        ckpt.save(1, a_state(1), wait=True)
         # a directory in the place of a file cannot be unlinked, whoever tries
         file = next((root / "step-00000001").glob("rank-*"))
         file.unlink()
         (root / "step-00000001" / "manifest.json").unlink()
         (root / "step-00000001" / "manifest.json").symlink_to("/nowhere/at/all")
         with caplog.at_level(logging.WARNING, "shardckpt"):
-            ckpt.save(2, a_state(2))
+            ckpt.save(2, a_state(2), wait=True)
         assert ckpt.steps() == [2]
 
 
 def test_other_things_in_a_root_are_left_alone(root: Path) -> None:
     with shardckpt.Checkpointer(root, keep_last=1) as ckpt:
-        ckpt.save(1, a_state(1))
+        ckpt.save(1, a_state(1), wait=True)
         (root / "notes.txt").write_text("mine")
         (root / "step-1").mkdir()
         (root / "step-00000001" / "mine.txt").write_text("mine")
-        ckpt.save(2, a_state(2))
+        ckpt.save(2, a_state(2), wait=True)
         assert ckpt.steps() == [2]
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     assert left[:2] == ["notes.txt", "step-00000001/mine.txt"]
@@ -181,10 +181,10 @@ def test_bad_retention_is_refused_at_once(root: Path, options: dict[str, Any]) -
 
 def test_a_closed_checkpointer_says_so(root: Path) -> None:
     ckpt = shardckpt.Checkpointer(root)
-    ckpt.save(1, a_state(1))
+    ckpt.save(1, a_state(1), wait=True)
     ckpt.close()
     ckpt.close()
-    for call in (lambda: ckpt.save(2, a_state(2)), lambda: ckpt.restore(a_state(0)), ckpt.__enter__):
+    for call in (lambda: ckpt.save(2, a_state(2), wait=True), lambda: ckpt.restore(a_state(0)), ckpt.__enter__):
         with pytest.raises(CheckpointerClosed, match="is closed; make a new one"):
             call()
     assert ckpt.steps() == [1]
@@ -192,10 +192,10 @@ def test_a_closed_checkpointer_says_so(root: Path) -> None:
 
 def test_an_error_in_the_block_closes_it_too(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), shardckpt.Checkpointer(root) as ckpt:
-        ckpt.save(1, a_state(1))
+        ckpt.save(1, a_state(1), wait=True)
         print(1 // 0)
     with pytest.raises(CheckpointerClosed):
-        ckpt.save(2, a_state(2))
+        ckpt.save(2, a_state(2), wait=True)
     assert shardckpt.load(root).step == 1
 
 
@@ -214,11 +214,11 @@ def test_handles(root: Path) -> None:
 
 def test_a_step_is_saved_once(root: Path) -> None:
     with shardckpt.Checkpointer(root) as first, shardckpt.Checkpointer(root) as second:
-        first.save(1, a_state(1))
+        first.save(1, a_state(1), wait=True)
         for ckpt in (first, second):
             with pytest.raises(AlreadyCommitted, match="save another step, or remove that one first"):
-                ckpt.save(1, a_state(7))
-        second.save(2, a_state(2))
+                ckpt.save(1, a_state(7), wait=True)
+        second.save(2, a_state(2), wait=True)
         assert first.steps() == [1, 2]
         assert shardckpt.load(root / "step-00000001").state["step"] == 1
 
@@ -233,7 +233,7 @@ def test_the_structure_may_change_between_saves(root: Path) -> None:
     ]
     with shardckpt.Checkpointer(root) as ckpt:
         for step, state in enumerate(states):
-            ckpt.save(step, state)
+            ckpt.save(step, state, wait=True)
     for step, state in enumerate(states):
         assert str(shardckpt.load(root / f"step-{step:08}").state) == str(state)
 
@@ -264,7 +264,7 @@ def test_a_root_that_holds_something_else(root: Path) -> None:
         with pytest.raises(
             NotACheckpointRoot, match=r"holds 'thesis\.tex', which is no step\. Use a new or an empty directory"
         ):
-            ckpt.save(1, a_state(1))
+            ckpt.save(1, a_state(1), wait=True)
     assert [path.name for path in root.iterdir()] == ["thesis.tex"]
 
 
@@ -274,7 +274,7 @@ def test_a_root_that_is_a_file(root: Path) -> None:
         with pytest.raises(NotACheckpointRoot):
             ckpt.restore(a_state(0))
         with pytest.raises(NotACheckpointRoot):
-            ckpt.save(1, a_state(1))
+            ckpt.save(1, a_state(1), wait=True)
     assert root.read_text() == "a file"
 
 
@@ -286,9 +286,9 @@ def test_retention_on_ranks(ranks: RankPool, root: Path) -> None:
 def interleave(first: str, second: str) -> tuple[int, int]:
     with shardckpt.Checkpointer(first) as latest, shardckpt.Checkpointer(second, keep_last=1) as best:
         for step in range(4):
-            latest.save(step, a_state(step))
+            latest.save(step, a_state(step), wait=True)
             if step % 2:
-                best.save(step, a_state(-step))
+                best.save(step, a_state(-step), wait=True)
         states = a_state(9), a_state(9)
         best.restore(states[1])
         latest.restore(states[0])
@@ -303,7 +303,7 @@ def keep_two(root: str) -> list[list[int]]:
     found = []
     with shardckpt.Checkpointer(root, keep_last=2) as ckpt:
         for step in range(4):
-            ckpt.save(step, a_state(step))
+            ckpt.save(step, a_state(step), wait=True)
             dist.barrier()
             found.append(ckpt.steps())
             dist.barrier()

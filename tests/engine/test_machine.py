@@ -41,9 +41,9 @@ class Steps(RuleBasedStateMachine):
         self.count += 1
         if step in self.committed:
             with pytest.raises(AlreadyCommitted):
-                self.ckpt.save(step, self.state(self.count))
+                self.ckpt.save(step, self.state(self.count), wait=True)
             return
-        self.ckpt.save(step, self.state(self.count, width))
+        self.ckpt.save(step, self.state(self.count, width), wait=True)
         self.committed[step] = self.count
         keep_last, keep_every = self.options["keep_last"], self.options["keep_every"]
         if keep_last is not None:
@@ -54,7 +54,7 @@ class Steps(RuleBasedStateMachine):
     @rule(step=STEPS)
     def fail(self, step: int) -> None:
         with pytest.raises((UnsupportedLeaf, AlreadyCommitted)):
-            self.ckpt.save(step, {"f": print})
+            self.ckpt.save(step, {"f": print}, wait=True)
 
     @rule(step=STEPS)
     def crash(self, step: int) -> None:

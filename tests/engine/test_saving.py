@@ -154,7 +154,7 @@ def save_on(root: str, plan: dict[int, str], timeout: float) -> Any:
     behaviour = plan.get(rank, "")
     with shardckpt.Checkpointer(root, options=Options(timeout=timeout)) as ckpt:
         state: dict[str, Any] = {"t": torch.ones(4), "v": 3}
-        ckpt.save(1, state)
+        ckpt.save(1, state, wait=True)
         if behaviour == "late":
             time.sleep(3 * timeout)
             return None
@@ -164,7 +164,7 @@ def save_on(root: str, plan: dict[int, str], timeout: float) -> Any:
             state["bad"] = Raises()
         if behaviour == "differs":
             state["t"][2] = 7
-        ckpt.save(2, state)
+        ckpt.save(2, state, wait=True)
     return None
 
 
@@ -222,9 +222,9 @@ def test_replicas_that_differ_are_named(ranks: RankPool, tmp_path: Path) -> None
 
 def save_step_twice(root: str) -> str:
     with shardckpt.Checkpointer(root, options=Options(timeout=30)) as ckpt:
-        ckpt.save(1, {"t": torch.ones(4)})
+        ckpt.save(1, {"t": torch.ones(4)}, wait=True)
         try:
-            ckpt.save(1, {"t": torch.zeros(4)})
+            ckpt.save(1, {"t": torch.zeros(4)}, wait=True)
         except AlreadyCommitted as error:
             return str(error)
     return ""
@@ -265,7 +265,7 @@ def save_and_lose(root: Path, winner: Path) -> list[str]:
 def test_of_two_jobs_one_wins_and_the_other_cleans_up(ranks: RankPool, tmp_path: Path) -> None:
     winner, root = tmp_path / "winner", tmp_path / "root"
     with shardckpt.Checkpointer(winner) as ckpt:
-        ckpt.save(1, {"t": torch.ones(4)})
+        ckpt.save(1, {"t": torch.ones(4)}, wait=True)
     (step,) = winner.iterdir()
     expected = [f"step-00000001/{name}" for name in files(step)]
     assert ranks.run(2, save_and_lose, root, winner) == [expected, expected]

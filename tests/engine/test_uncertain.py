@@ -97,7 +97,7 @@ def save_again(root: Path) -> int:
         target = state(0.0)
         restored = ckpt.restore(target)
         assert restored is not None
-        ckpt.save(2, target)
+        ckpt.save(2, target, wait=True)
         return restored.step
 
 
@@ -126,7 +126,7 @@ def save_or_restore(root: str) -> None:
         if dist.get_rank():
             ckpt.restore(state(0.0))
         else:
-            ckpt.save(1, state(1.0))
+            ckpt.save(1, state(1.0), wait=True)
 
 
 def test_ranks_in_different_operations(ranks: RankPool, tmp_path: Path) -> None:

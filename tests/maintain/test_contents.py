@@ -86,7 +86,7 @@ def root(tmp_path: Path) -> Path:
     """Steps 1 to 3, and 4 without a manifest."""
     with shardckpt.Checkpointer(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, {"x": torch.arange(step)})
+            checkpointer.save(step, {"x": torch.arange(step)}, wait=True)
     shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000004")
     (tmp_path / "step-00000004" / MANIFEST_NAME).unlink()
     (tmp_path / "notes.txt").write_text("mine")

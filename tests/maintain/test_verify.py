@@ -205,7 +205,7 @@ def test_a_damaged_manifest(saved: Path, damage: Callable[[bytes], bytes], kind:
 def test_a_root_is_verified_step_by_step(tmp_path: Path) -> None:
     with shardckpt.Checkpointer(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, {"x": torch.arange(4)})
+            checkpointer.save(step, {"x": torch.arange(4)}, wait=True)
     flip(tmp_path / "step-00000001" / MANIFEST_NAME, 3)
     flip(rank_file(tmp_path / "step-00000003"), -1)
     (tmp_path / "step-00000009").mkdir()

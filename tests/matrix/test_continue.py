@@ -21,7 +21,7 @@ def train_and_save(kind: str, root: str) -> dict[str, Any]:
     job = make_job(kind, seed=5)
     job.train(3)
     with shardckpt.Checkpointer(root) as ckpt:
-        ckpt.save(3, job.state())
+        ckpt.save(3, job.state(), wait=True)
     job.train(3)
     return snapshot(job, with_rng=True)
 
@@ -66,7 +66,7 @@ def save_while_training(kind: str, root: str, save: bool) -> dict[str, Any]:
         for step in range(6):
             job.train(1)
             if save:
-                ckpt.save(step, job.state())
+                ckpt.save(step, job.state(), wait=True)
     return snapshot(job, with_rng=True)
 
 
