@@ -133,11 +133,11 @@ def fetch(store: Store, keys: Sequence[str]) -> list[bytes]:
     return values
 
 
-def mark_all(store: Store, keys: Sequence[str]) -> None:
-    """Have all keys be there, without a value."""
+def copy_to_all(store: Store, keys: Sequence[str], data: bytes) -> None:
+    """Store the same few bytes under each key."""
     for at in range(0, len(keys), _KEYS_AT_ONCE):
-        marked = keys[at : at + _KEYS_AT_ONCE]
-        store.multi_set(marked, [b""] * len(marked))
+        some = keys[at : at + _KEYS_AT_ONCE]
+        store.multi_set(some, [data] * len(some))
 
 
 def delete_all(store: Store, keys: Sequence[str]) -> None:
