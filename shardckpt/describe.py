@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,12 @@ class Whereabouts:
         return cls(0, 1)
 
 
+_TENSOR_LEAVES = (torch.Tensor, Placed, Flat)
+
+
 def is_tensor_leaf(value: object) -> bool:
     """Whether `describe` takes ``value``."""
-    return isinstance(value, torch.Tensor | Placed | Flat) or _is_sharded_tensor(value)
+    return isinstance(value, _TENSOR_LEAVES) or _is_sharded_tensor(value)
 
 
 def describe(leaf: Any, path: str, rank: int, *, per_rank: bool = False) -> Placed | None:
@@ -144,10 +148,10 @@ def local_data(tensor: torch.Tensor, path: str) -> torch.Tensor:
     """A plain tensor on the same memory; UnsupportedLeaf, with advice, when there is none."""
     if is_lazy(tensor):
         raise _refuse(path, "an uninitialized lazy parameter", "Run the model once before saving or loading.")
-    with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.to_local()
-        data = tensor.detach()
+    if isinstance(tensor, DTensor):
+        # to_local() of one that requires grad makes a view, and a context to go without costs more than all else here
+        tensor = tensor._local_tensor
+    data = tensor.detach()
     if type(data) is not torch.Tensor:
         data = _unwrap_subclass(data)
     if data.layout is not torch.strided:
@@ -228,9 +232,17 @@ def _describe_flat(leaf: Flat, path: str, rank: int) -> Placed:
 
 
 def _describe_dtensor(tensor: DTensor, path: str) -> Placed:
-    placements = tuple(convert_placement(placement, path) for placement in tensor.placements)
-    layout = MeshLayout(tuple(tensor.shape), convert_mesh(tensor.device_mesh), placements)
+    # one object per layout, which remembers its pieces from tensor to tensor and from save to save
+    known = _LAYOUTS.setdefault(tensor.device_mesh, {})
+    layout = known.get((tensor.shape, tensor.placements))
+    if layout is None:
+        placements = tuple(convert_placement(placement, path) for placement in tensor.placements)
+        layout = MeshLayout(tuple(tensor.shape), convert_mesh(tensor.device_mesh), placements)
+        known[tensor.shape, tensor.placements] = layout
     return Placed(local_data(tensor, path), layout)
+
+
+_LAYOUTS: WeakKeyDictionary[DeviceMesh, dict[tuple[torch.Size, tuple[DPlacement, ...]], MeshLayout]] = WeakKeyDictionary()
 
 
 def convert_mesh(mesh: DeviceMesh) -> Mesh:
@@ -298,12 +310,16 @@ def sample_digest(local: torch.Tensor) -> int:
 
 def sample_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
     """`sample_digest` of each tensor, with one transfer per device."""
-    samples = [_sample(tensor) for tensor in tensors]
     digests = [xxhash.xxh3_64_intdigest(b"")] * len(tensors)
-    for device in {sample.device for sample in samples}:
-        chosen = [at for at, sample in enumerate(samples) if sample.device == device and sample.numel()]
-        if not chosen:
-            continue
+    samples = {}
+    for at, tensor in enumerate(tensors):
+        if 0 < tensor.numel() <= _SAMPLES and tensor.device.type == "cpu" and tensor.is_contiguous():
+            # the many step counters of optimizers, without a call of torch for each
+            digests[at] = xxhash.xxh3_64_intdigest(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        elif tensor.numel():
+            samples[at] = _sample(tensor)
+    for device in {sample.device for sample in samples.values()}:
+        chosen = [at for at, sample in samples.items() if sample.device == device]
         host = torch.cat([samples[at] for at in chosen]).cpu().numpy().tobytes()
         start = 0
         for at in chosen:

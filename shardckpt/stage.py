@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import queue
 from bisect import bisect_right
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .errors import StateChanged
 from .layout import window_boxes
 from .plan import FilePiece
 
@@ -41,6 +43,8 @@ class Buffer:
         """The same as an array."""
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         """The same as a tensor."""
+        self.address: int = self.array.ctypes.data
+        """Where it begins."""
 
 
 class BufferPool:
@@ -86,10 +90,12 @@ def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position
     """
     size = tensor.element_size()
     end = position + (stop - start) * size
-    source = as_bytes(tensor)
-    if source is not None:
-        # numpy's copy gives up the GIL and starts no threads of its own, unlike a copy by torch
-        np.copyto(buffer.array[position:end], source[start * size : stop * size])
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        # gives up the GIL, starts no threads of its own, and costs a small tensor a fifth of what a view by numpy does
+        source = tensor.data_ptr()
+        if not source and start < stop:
+            raise StateChanged("the memory of a tensor was given back while a save still needed it: save with stage='eager'")
+        ctypes.memmove(buffer.address + position, source + start * size, end - position)
         return
     target = buffer.tensor[position:end].view(tensor.dtype)
     if tensor.is_contiguous():

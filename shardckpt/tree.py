@@ -12,7 +12,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .errors import InvalidManifest, StateError
@@ -35,6 +35,7 @@ def unescape(part: str) -> str:
     return part.replace("~1", "/").replace("~0", "~")
 
 
+@lru_cache(maxsize=1 << 16)
 def child(path: str, key: str) -> str:
     """The name of what stands under ``key`` in the container named ``path``; the root's name is empty.
 
