@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 import pytest
@@ -20,9 +20,12 @@ from shardckpt.coordinate import Coordinator
 from shardckpt.errors import ChecksumMismatch, ConfigError
 from shardckpt.events import PHASES, Event, Phase, Sink, Timings
 from shardckpt.loading import Load
+from shardckpt.manifest import MANIFEST_NAME, step_directory
+from shardckpt.metrics import RECORDED, decode_columns
 from shardckpt.options import Options
 from shardckpt.store import open_store
 from shardckpt.targets import Selection
+from shardckpt.validate import parse_manifest
 from tests.maintain.make import flip, rank_file, spread
 from tests.ranks import RankPool
 
@@ -186,13 +189,84 @@ def test_ctrl_c_in_the_callback_is_not_swallowed() -> None:
         Sink(interrupted).report("save", 0, 0, some_timings())
 
 
-# ---- loads
+# ---- saves
 
 
 def by_phase(events: list[Event]) -> dict[Phase, Event]:
     found = {event.phase: event for event in events}
     assert len(found) == len(events)
     return found
+
+
+def check_recorded(path: Path, by_rank: list[dict[Phase, Event]]) -> None:
+    """The manifest has of each rank what its callback heard."""
+    metrics = parse_manifest((path / MANIFEST_NAME).read_bytes()).manifest.metrics
+    assert metrics is not None
+    columns = decode_columns(metrics, len(by_rank))
+    assert list(columns) == [phase for phase in RECORDED if phase in by_rank[0]]
+    for phase, column in columns.items():
+        told = by_rank[:1] if phase == "receipts" else by_rank
+        assert column.tolist() == pytest.approx([events[phase].seconds for events in told], abs=1e-6)
+
+
+def test_a_save_tells_what_it_did(tmp_path: Path) -> None:
+    events: list[Event] = []
+    saved = shardckpt.save(tmp_path, {"x": torch.arange(1000.0)}, step=4, on_event=events.append)
+    found = by_phase(events)
+    assert list(found) == ["capture", "exchange", "plan", "hash", "write", "fsync", "receipts", "commit"]
+    assert {(event.operation, event.step, event.rank) for event in events} == {("save", 4, 0)}
+    assert found["hash"].bytes == found["write"].bytes == saved.bytes == 4000
+    assert all(0 < event.seconds <= saved.seconds for event in events)
+    check_recorded(tmp_path, [found])
+
+
+@pytest.mark.parametrize("stage", ["eager", "lazy", "none"])
+def test_a_save_in_the_background_tells_what_it_did(tmp_path: Path, stage: Literal["eager", "lazy", "none"]) -> None:
+    events: list[Event] = []
+    state = {"x": torch.arange(1000.0)}
+    with shardckpt.Checkpointer(tmp_path, on_event=events.append, options=Options(stage=stage)) as checkpointer:
+        checkpointer.save(4, state)
+        checkpointer.wait()
+        found = by_phase(events)
+        staged = [] if stage == "none" else ["stage"]
+        assert list(found) == ["capture", "exchange", "plan", *staged, "hash", "write", "fsync", "receipts", "commit"]
+        assert {event.bytes for phase, event in found.items() if phase in ("stage", "hash", "write")} == {4000}
+        check_recorded(tmp_path / step_directory(4), [found])
+        events.clear()
+        checkpointer.restore(state)
+    assert {(event.operation, event.step) for event in events} == {("load", 4)}
+
+
+def test_a_callback_that_raises_does_no_harm_to_saves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(event: Event) -> None:
+        raise LookupError("no such thing")
+
+    with shardckpt.Checkpointer(tmp_path, on_event=fails) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": torch.arange(10.0)}).result(60)
+        assert checkpointer.steps() == [1, 2]
+    assert len([record for record in caplog.records if "on_event raised" in record.getMessage()]) == 1
+
+
+def save_rows(url: str) -> list[Event]:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.arange(64 * 32.0).view(64, 32)
+    state = {"x": dist.tensor.distribute_tensor(whole, mesh, [dist.tensor.Shard(0)])}
+    events: list[Event] = []
+    shardckpt.save(url, state, step=9, on_event=events.append)
+    return events
+
+
+def test_each_rank_tells_of_its_own_part_of_a_save(ranks: RankPool, tmp_path: Path) -> None:
+    by_rank: list[list[Event]] = ranks.run(3, save_rows, str(tmp_path / "a"))
+    assert [{event.rank for event in events} for events in by_rank] == [{0}, {1}, {2}]
+    found = [by_phase(events) for events in by_rank]
+    assert ["commit" in events for events in found] == [True, False, False]
+    assert sum(events["write"].bytes for events in found) == 64 * 32 * 4
+    check_recorded(tmp_path / "a", found)
+
+
+# ---- loads
 
 
 def test_a_load_tells_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,14 +313,8 @@ def loaded_events(url: str, read_once: str) -> list[Event]:
     return events
 
 
-def save_rows(url: str) -> None:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = torch.arange(64 * 32.0).view(64, 32)
-    shardckpt.save(url, {"x": dist.tensor.distribute_tensor(whole, mesh, [dist.tensor.Shard(0)])}, step=9)
-
-
 @pytest.mark.parametrize("read_once", ["always", "never"])
-def test_each_rank_tells_of_its_own_part(ranks: RankPool, tmp_path: Path, read_once: str) -> None:
+def test_each_rank_tells_of_its_own_part_of_a_load(ranks: RankPool, tmp_path: Path, read_once: str) -> None:
     ranks.run(4, save_rows, str(tmp_path / "a"))
     by_rank: list[list[Event]] = ranks.run(4, loaded_events, str(tmp_path / "a"), read_once)
     assert [{event.rank for event in events} for events in by_rank] == [{0}, {1}, {2}, {3}]
