@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal
 
 from .errors import ConfigError, HostMemoryError
 from .feed import num_chunks
+from .gpu import pin, unpin
 from .stage import Buffer
 
 logger = logging.getLogger("shardckpt")
@@ -23,12 +26,22 @@ class HostMemory:
     the last process that has it is, however that ends, and no mount such as /dev/shm has to have room for it.
     """
 
-    def __init__(self, *, limit: int | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        limit: int | None = None,
+        shared: bool = False,
+        pin: Callable[[int, int, Literal["auto", "always"]], bool] = pin,
+        unpin: Callable[[int], None] = unpin,
+    ) -> None:
         """``limit`` is in bytes, and this rank's share."""
         self._limit = limit
         self.fd = os.memfd_create("shardckpt", os.MFD_CLOEXEC) if shared else None
         """Descriptor of shared memory."""
+        self._pin = pin
+        self._unpin = unpin
         self._buffer: Buffer | None = None
+        self._is_locked: bool | None = None
 
     def reserve(self, nbytes: int, chunk: int) -> Buffer:
         """Memory for a file of ``nbytes`` bytes, in whole chunks; for fewer chunks than that where more is not to be had.
@@ -44,9 +57,23 @@ class HostMemory:
                     f"has {chunk}: set it to at least {chunk} bytes for each rank of the node"
                 )
         if self._buffer is None or self._buffer.size < wanted:
-            self._buffer = None
+            self._drop()
             self._buffer = self._allocate(wanted, chunk)
         return self._buffer
+
+    def lock(self, mode: Literal["auto", "always"]) -> None:
+        """Page-lock what was reserved, for GPUs to copy to; once, until other memory is reserved.
+
+        If that is refused, ``always`` raises `ConfigError`, and ``auto`` leaves it at that.
+        """
+        if self._buffer is not None and self._is_locked is None:
+            self._buffer.keep_from_forks()
+            self._is_locked = self._pin(self._buffer.address, self._buffer.size, mode)
+
+    def _drop(self) -> None:
+        if self._buffer is not None and self._is_locked:
+            self._unpin(self._buffer.address)
+        self._buffer, self._is_locked = None, None
 
     def _allocate(self, wanted: int, chunk: int) -> Buffer:
         least = min(wanted, _FALLBACK_CHUNKS * chunk)
@@ -67,7 +94,7 @@ class HostMemory:
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody uses it."""
-        self._buffer = None
+        self._drop()
         if self.fd is not None:
             with suppress(OSError):
                 os.close(self.fd)

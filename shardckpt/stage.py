@@ -46,6 +46,11 @@ class Buffer:
         self.address: int = self.array.ctypes.data
         """Where it begins."""
 
+    def keep_from_forks(self) -> None:
+        """Leave the memory out of processes forked from now on: their copy-on-write would move it from under a GPU."""
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._memory.madvise(mmap.MADV_DONTFORK)
+
 
 class BufferPool:
     """A bounded number of equal buffers; whoever wants one more waits."""

@@ -32,7 +32,7 @@ class MemoryErrors:
 
 
 class MemoryErrorGuard:
-    """Watches this rank's GPUs for memory errors that ECC could not correct.
+    """Watches this rank's GPUs for memory errors that ECC could not correct; the current CUDA device from the beginning.
 
     A GPU whose errors are not counted (no ECC, no driver library in the container) is taken to have none; the log says so.
     """
@@ -43,6 +43,7 @@ class MemoryErrorGuard:
         self._devices: set[torch.device] = set()
         self._watched: dict[str, MemoryErrors] = {}
         self._warned: dict[str, int] = {}
+        self.start_anew()
 
     def watch(self, devices: Iterable[torch.device]) -> None:
         """From now on, errors of the CUDA devices among ``devices`` are new; no change for those already watched."""
@@ -54,11 +55,13 @@ class MemoryErrorGuard:
             if gpu is not None and gpu.uncorrected_errors is not None:
                 self._watched.setdefault(gpu.uuid, MemoryErrors(gpu, gpu.uncorrected_errors))
 
-    def forget(self) -> None:
-        """Watch nothing, and know of no errors: whatever they damaged has been replaced, as by a restore."""
+    def start_anew(self) -> None:
+        """Forget all errors: what they damaged has been replaced, as by a restore. Watches the current CUDA device at once."""
         self._devices.clear()
         self._watched.clear()
         self._warned.clear()
+        if self._cuda.is_initialized():
+            self.watch([torch.device("cuda", self._cuda.current_device())])
 
     def check(self) -> list[MemoryErrors]:
         """Read the counters; the watched GPUs that have had errors."""
@@ -74,7 +77,7 @@ class MemoryErrorGuard:
     def require_sound(self, rank: int, policy: Literal["refuse", "warn"], devices: Iterable[torch.device]) -> None:
         """Raise `DeviceMemoryError` if the GPUs that hold the state of ``rank`` have had errors, or warn of each new one once.
 
-        A refusal stands until `forget`: what errors have damaged stays damaged.
+        A refusal stands until `start_anew`: what errors have damaged stays damaged.
         """
         self.watch(devices)
         found = self.check()

@@ -146,13 +146,17 @@ def _bits(numbers: tuple[int, ...], words: int) -> list[int]:
 class Cuda:
     """Looks like torch.cuda, on a machine whose CUDA devices have these UUIDs, in this order."""
 
-    def __init__(self, *uuids: str, current: int = 0, error: Exception | None = None) -> None:
+    def __init__(self, *uuids: str, current: int = 0, error: Exception | None = None, initialized: bool = False) -> None:
         self.uuids = uuids
+        self._initialized = initialized
         self._current = current
         self._error = error
 
     def is_available(self) -> bool:
         return bool(self.uuids)
+
+    def is_initialized(self) -> bool:
+        return self._initialized
 
     def device_count(self) -> int:
         return len(self.uuids)

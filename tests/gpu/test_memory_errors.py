@@ -92,7 +92,7 @@ def test_a_refusal_stands_until_the_state_is_replaced(machine: Machine) -> None:
     for _ in range(2):
         with pytest.raises(DeviceMemoryError):
             machine.guard.require_sound(0, "refuse", [GPU0, GPU1])
-    machine.guard.forget()
+    machine.guard.start_anew()
     machine.guard.require_sound(0, "refuse", [GPU0, GPU1])
     machine.b.errors = 2
     with pytest.raises(DeviceMemoryError, match="1 since the state was made or restored, 2 since"):
@@ -109,7 +109,17 @@ def test_a_warning_comes_once_for_each_new_error(machine: Machine, caplog: pytes
     assert "rank 1 saves a state that may be damaged" in caplog.text
 
 
-def test_a_device_is_watched_from_when_it_is_first_seen() -> None:
+def test_the_current_device_is_watched_from_the_beginning_if_cuda_is_in_use() -> None:
+    card = Card(f"GPU-{A}")
+    nvml = Nvml(Driver(card), numa_node=lambda bus_id: None)
+    used, unused = MemoryErrorGuard(nvml, Cuda(A, initialized=True)), MemoryErrorGuard(nvml, Cuda(A))
+    card.errors = 1
+    unused.require_sound(0, "refuse", [GPU0])
+    with pytest.raises(DeviceMemoryError):
+        used.require_sound(0, "refuse", [GPU0])
+
+
+def test_other_devices_are_watched_from_when_they_are_first_seen() -> None:
     machine = Machine()
     machine.guard.require_sound(0, "refuse", [GPU0])
     machine.b.errors = 9

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 
 from shardckpt.errors import ConfigError
 from shardckpt.gpu.pinning import PinMemory, launch_kernel, pin, require_cuda, unpin, wants_pinning
+from shardckpt.hostmemory import HostMemory
 from shardckpt.stage import Buffer
 
 CPU, GPU0 = torch.device("cpu"), torch.device("cuda", 0)
@@ -133,6 +137,69 @@ def test_a_machine_with_a_device_is_fine() -> None:
 def test_always_is_refused_here() -> None:
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         wants_pinning("always", [CPU])
+
+
+# ---- memory for staging
+
+
+CHUNK = 1 << 16
+
+
+def memory_on(cuda: Runtime) -> HostMemory:
+    return HostMemory(
+        pin=lambda address, nbytes, mode: pin(address, nbytes, mode, cuda, cuda.launch),
+        unpin=lambda address: unpin(address, cuda, cuda.launch),
+    )
+
+
+def test_staging_memory_is_locked_once_and_unlocked_before_it_goes() -> None:
+    cuda = Runtime()
+    memory = memory_on(cuda)
+    first = memory.reserve(3 * CHUNK, CHUNK)
+    for _ in range(2):
+        memory.lock("auto")
+    assert cuda.locked == {first.address: 3 * CHUNK}
+    assert memory.reserve(2 * CHUNK, CHUNK) is first
+    second = memory.reserve(4 * CHUNK, CHUNK)
+    assert cuda.locked == {}
+    memory.lock("auto")
+    assert cuda.locked == {second.address: 4 * CHUNK}
+    memory.close()
+    assert cuda.locked == {}
+
+
+def test_staging_memory_that_cannot_be_locked_is_used_as_it_is() -> None:
+    cuda = Runtime(refuses=NO_MEMORY)
+    memory = memory_on(cuda)
+    memory.reserve(CHUNK, CHUNK)
+    memory.lock("auto")
+    cuda.refuses = 0
+    memory.lock("auto")
+    memory.close()
+    assert cuda.locked == {}
+    assert cuda.launched == 1
+
+
+def test_staging_memory_that_has_to_be_locked_is_asked_for_each_time() -> None:
+    cuda = Runtime(refuses=NO_MEMORY)
+    memory = memory_on(cuda)
+    memory.lock("always")
+    memory.reserve(CHUNK, CHUNK)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="out of memory"):
+            memory.lock("always")
+    memory.close()
+
+
+def test_locked_memory_is_not_part_of_forked_processes() -> None:
+    buffer = Buffer(CHUNK)
+    buffer.keep_from_forks()
+    child = os.fork()
+    if not child:
+        # a page that is not there kills the process
+        buffer.bytes[0] = 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
