@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from .api import check_metadata, check_step
-from .background.background import Background, Outcome
+from .background.background import Background
 from .background.carrier import Carrier, ThreadCarrier
 from .background.process import ProcessCarrier
 from .coordinate import Coordinator
@@ -28,12 +28,14 @@ from .errors import (
     SaveDropped,
     StoreError,
 )
-from .events import Event, Sink, Timings
+from .events import Event, Sink
 from .guard import STEP_GUARD
 from .handle import SaveHandle
+from .journal import Journal
 from .loading import Load, Restored
 from .manifest import step_directory
 from .options import Options, Retention
+from .progress import Progress
 from .root import Root
 from .saving import Saver
 from .store import Store, open_store
@@ -49,6 +51,9 @@ class Checkpointer:
     Collective: every rank of the default process group makes one and calls the same methods in the same order; a single
     process needs no process group. Usable as a context manager.
     """
+
+    _LAZY_THREADS = 1
+    """Threads that copy what is staged lazily. Tests have none: nothing is copied then before a step waits for it."""
 
     def __init__(
         self,
@@ -73,12 +78,15 @@ class Checkpointer:
         self._saver = Saver(self._coordinator, self._store, self._options)
         local_ranks = self._coordinator.local_ranks
         carrier = _make_carrier(self._coordinator, self._store, self._options, local_ranks)
-        self._background = Background(self._saver, self._store, carrier, self._options, local_ranks)
+        self._background = Background(
+            self._saver, self._store, carrier, self._options, local_ranks, lazy_threads=self._LAZY_THREADS
+        )
+        self._journal = Journal(self._store) if self._coordinator.rank == 0 else None
         self._latest: SaveHandle | None = None
         self._reading: set[int] = set()
         self._closed = False
         if self._options.stage == "lazy":
-            # Before the first save already: a step that is compiled without a hook does not call one that comes later.
+            # once, and not for each save: the hooks of steps stay the same while training goes on
             STEP_GUARD.attach()
         _OPEN.add(self)
 
@@ -104,14 +112,14 @@ class Checkpointer:
         self._require_open()
         check_step(step)
         check_metadata(metadata)
-        self._surface()
         handle = SaveHandle(step)
+        journal, rank = self._journal, self._coordinator.rank
+        progress = Progress(handle, self.url, rank, self._sink, journal, lambda: self._prune(step))
         try:
             if self._admit(handle, wait):
-                self._latest = handle
-                self._start(handle, state, metadata or {}, wait)
+                self._start(progress, state, metadata or {}, wait)
         except StoreError as error:
-            self._end(handle, Timings(), error)
+            progress.ended(error)
             if wait or self._options.on_error == "raise" or isinstance(error, NotACheckpointRoot):
                 raise
         finally:
@@ -166,16 +174,13 @@ class Checkpointer:
             self._coordinator.close()
             self._surface()
 
-    def _start(self, handle: SaveHandle, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
-        prefix, timings = f"{step_directory(handle.step)}/", Timings()
-
-        def end(outcome: Outcome) -> None:
-            self._end(handle, timings, outcome)
-
+    def _start(self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
+        self._latest = progress.handle
+        prefix = f"{step_directory(progress.handle.step)}/"
         if wait:
-            end(self._saver.save(prefix, handle.step, state, metadata, timings))
+            progress.ended(self._saver.save(prefix, progress.handle.step, state, metadata, progress.timings))
         else:
-            self._background.start(handle, prefix, state, metadata, timings, end)
+            self._background.start(progress, prefix, state, metadata)
 
     def _admit(self, handle: SaveHandle, wait: bool) -> bool:
         """Make sure that no other save is under way; False when this one is to be skipped."""
@@ -183,6 +188,7 @@ class Checkpointer:
         if policy != "wait" and not self._agree_on_busy(policy, handle):
             return False
         self._background.wait()
+        self._surface()
         return True
 
     def _agree_on_busy(self, policy: Literal["skip", "replace"], handle: SaveHandle) -> bool:
@@ -208,16 +214,6 @@ class Checkpointer:
         if verdict == b"replace":
             self._background.drop(SaveDropped(f"the save of step {under_way} was replaced by that of step {handle.step}"))
         return True
-
-    def _end(self, handle: SaveHandle, timings: Timings, outcome: Outcome) -> None:
-        """Tell everybody what has become of a save. Called once for each, in any thread."""
-        if isinstance(outcome, CheckpointError):
-            logger.error("the save of step %d in %s failed: %s: %s", handle.step, self.url, type(outcome).__name__, outcome)
-            handle._to_failed(outcome)
-        else:
-            self._prune(handle.step)
-            handle._to_durable(outcome)
-        self._sink.report("save", handle.step, self._coordinator.rank, timings)
 
     def _choose(self, step: int | None) -> bytes:
         steps = self.steps()

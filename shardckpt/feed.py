@@ -139,6 +139,11 @@ class Feed(Source):
         return True
 
     @property
+    def is_staged(self) -> bool:
+        """Whether everything is filled."""
+        return self._samples is not None
+
+    @property
     def failure(self) -> Failure | None:
         """Why the file will never be whole."""
         return self._failure
@@ -180,6 +185,11 @@ class Feed(Source):
         if self.is_ring:
             self.hear(Written(index))
             self._tell(Written(index))
+
+    def wait_over(self) -> None:
+        """Return when everything is filled, or never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._samples is not None)
 
     def samples(self) -> Samples:
         self._wait(lambda: self._samples is not None)

@@ -67,6 +67,7 @@ class LazyStaging:
         self._feed = feed
         self._batches = list(reversed(batched))
         self._busy = 0
+        self._settled = False
         self._finish = finish
         self._on_wait = on_wait
         self._timings = timings
@@ -75,8 +76,9 @@ class LazyStaging:
 
     def start(self, threads: int) -> None:
         """Begin to copy."""
-        for at in range(threads):
+        for at in range(min(threads, len(self._batches))):
             threading.Thread(target=self._help, name=f"shardckpt-stage-{at}", daemon=True).start()
+        self._settle_if_last()
 
     def wait_before_change(self) -> None:
         """Return when the tensors may be changed. Never raises: a failure is the save's."""
@@ -90,6 +92,13 @@ class LazyStaging:
     def fail(self, error: Exception) -> None:
         """Give the save up: somebody is going to change the tensors without waiting."""
         self._feed.fail(error)
+
+    def settle(self) -> None:
+        """Return when nothing is copied any more; of a save that has failed, what nobody copies yet is left."""
+        with self._changed:
+            self._batches.clear()
+        self._settle_if_last()
+        self._over.wait()
 
     def _help(self) -> None:
         """Copy what nobody copies yet; the thread that ends the last copy finishes."""
@@ -116,11 +125,16 @@ class LazyStaging:
             if error is not None:
                 self._batches.clear()
                 self._feed.fail(error)
-            is_last = not self._busy and not self._batches
-        if is_last:
-            try:
-                self._finish()
-            except BaseException as caught:
-                self._feed.fail(caught)
-            finally:
-                self._over.set()
+        self._settle_if_last()
+
+    def _settle_if_last(self) -> None:
+        with self._changed:
+            if self._settled or self._busy or self._batches:
+                return
+            self._settled = True
+        try:
+            self._finish()
+        except BaseException as caught:
+            self._feed.fail(caught)
+        finally:
+            self._over.set()

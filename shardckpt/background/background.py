@@ -5,65 +5,64 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 from shardckpt.errors import CheckpointError, StateChanged
-from shardckpt.events import Timings
 from shardckpt.failure import describe, rebuild
 from shardckpt.feed import Feed, LiveSource, Samples, Source
 from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
-from shardckpt.handle import SaveHandle
 from shardckpt.options import Options
-from shardckpt.saving import Prepared, Saved, Saver
+from shardckpt.progress import Outcome, Progress
+from shardckpt.saving import Prepared, Saver
 from shardckpt.stage import wait_for_devices
 from shardckpt.staging import LazyStaging, batches, stage_at_once, stage_through_ring
 from shardckpt.store import Store
 
 from .carrier import Carrier
 
-Outcome: TypeAlias = Saved | CheckpointError
-
 
 class Background:
     """Saves that go on while training does, one at a time."""
 
-    def __init__(self, saver: Saver, store: Store, carrier: Carrier, options: Options, local_ranks: int) -> None:
+    def __init__(
+        self, saver: Saver, store: Store, carrier: Carrier, options: Options, local_ranks: int, *, lazy_threads: int = 1
+    ) -> None:
+        """``lazy_threads`` copy what is staged lazily; with none, it is copied when a step waits for it, as tests want it."""
         self._saver = saver
         self._store = store
         self._carrier = carrier
         self._options = options
         self._threads = max(1, min(options.workers, len(os.sched_getaffinity(0)) // local_ranks))
+        self._lazy_threads = lazy_threads
         self._thread: threading.Thread | None = None
         self._feed: Feed | None = None
+        self._staging: LazyStaging | None = None
 
     def start(
         self,
-        handle: SaveHandle,
+        progress: Progress,
         prefix: str,
         state: Mapping[str, Any],
         metadata: Mapping[str, Any],
-        timings: Timings,
-        on_end: Callable[[Outcome], None],
     ) -> None:
         """Start a save when none is under way. Returns when the state may be changed, as far as ``Options.stage`` says.
 
-        Collective. What the call itself gets wrong is raised here; all later errors go to ``on_end``, which is called once, in
-        another thread.
+        Collective. What the call itself gets wrong is raised here; all later errors go to ``progress``.
         """
-        prepared = self._saver.prepare(prefix, handle.step, state, metadata, timings, self._carrier.notice)
-        source = self._make_source(prepared, handle, state)
-        self._feed = source if isinstance(source, Feed) else None
-        args = (prepared, source, timings, on_end)
+        prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, self._carrier.notice)
+        source = self._make_source(prepared, progress, state)
+        self._feed, self._staging = source if isinstance(source, Feed) else None, None
+        args = (prepared, source, progress)
         self._thread = threading.Thread(target=self._finish, args=args, name="shardckpt-save", daemon=True)
         if isinstance(source, Feed) and not source.is_ring:
             # first the copy, which training waits for
-            self._stage(prepared, source, state, handle, timings)
+            self._stage(prepared, source, state, progress)
             self._thread.start()
         else:
             self._thread.start()
             if isinstance(source, Feed):
-                self._stage(prepared, source, state, handle, timings)
+                self._stage(prepared, source, state, progress)
 
     def drop(self, error: CheckpointError) -> None:
         """Make the save that is under way fail, unless it is staged."""
@@ -84,7 +83,7 @@ class Background:
         """Give back memory and processes, when no save is under way."""
         self._carrier.close()
 
-    def _make_source(self, prepared: Prepared, handle: SaveHandle, state: Mapping[str, Any]) -> Source:
+    def _make_source(self, prepared: Prepared, progress: Progress, state: Mapping[str, Any]) -> Source:
         data, chunk = prepared.data, prepared.plan.chunk
         if self._options.stage == "none":
             wait_for_devices(data.tensors.values())
@@ -96,31 +95,29 @@ class Background:
                 return prepared.sample()
 
             return LiveSource(data, chunk, self._options.workers, sample)
-        return self._carrier.feed(data.nbytes, chunk, handle._to_staged)
+        return self._carrier.feed(data.nbytes, chunk, progress.staged)
 
-    def _stage(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], handle: SaveHandle, timings: Timings) -> None:
+    def _stage(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:
         try:
             data = prepared.data
             wait_for_devices(data.tensors.values())
             if feed.is_ring:
-                stage_through_ring(data, feed, prepared.sample, timings)
+                stage_through_ring(data, feed, prepared.sample, progress.timings)
             elif self._options.stage == "lazy":
-                self._stage_lazily(prepared, feed, state, handle, timings)
+                self._stage_lazily(prepared, feed, state, progress)
                 return
             else:
-                stage_at_once(data, feed, batches(data, feed.chunk), self._threads, timings)
+                stage_at_once(data, feed, batches(data, feed.chunk), self._threads, progress.timings)
                 feed.staged(prepared.sample())
         except Exception as error:
             feed.fail(error)
         prepared.release()
 
-    def _stage_lazily(
-        self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], handle: SaveHandle, timings: Timings
-    ) -> None:
+    def _stage_lazily(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:
         data = prepared.data
         is_owned = owned_by_optimizers(state)
         owned = {name: tensor for name, tensor in data.tensors.items() if is_owned(tensor)}
-        stage_at_once(data, feed, batches(data, feed.chunk, lambda name: name not in owned), self._threads, timings)
+        stage_at_once(data, feed, batches(data, feed.chunk, lambda name: name not in owned), self._threads, progress.timings)
         samples = prepared.sample(lambda name: name not in owned)
         versions = Versions.of(owned, is_owned.tensors)
 
@@ -134,21 +131,34 @@ class Background:
                 prepared.release()
 
         later = batches(data, feed.chunk, lambda name: name in owned)
-        staging = LazyStaging(data, feed, later, finish, handle._add_stall, timings)
+        self._staging = staging = LazyStaging(data, feed, later, finish, progress.handle._add_stall, progress.timings)
         STEP_GUARD.watch(staging)
-        staging.start(1)
+        staging.start(self._lazy_threads)
 
-    def _finish(self, prepared: Prepared, source: Source, timings: Timings, on_end: Callable[[Outcome], None]) -> None:
+    def _finish(self, prepared: Prepared, source: Source, progress: Progress) -> None:
         outcome: Outcome
         try:
-            digest = self._carrier.carry(prepared.make_job(), source, prepared.notice, timings)
+            self._note(prepared.attempt, source, progress)
+            digest = self._carrier.carry(prepared.make_job(), source, prepared.notice, progress.timings)
             outcome = prepared.describe(self._store, digest)
         except BaseException as error:
             if isinstance(source, Feed):
                 # somebody may be waiting for room in it
                 source.fail(error)
             outcome = error if isinstance(error, CheckpointError) else _as_checkpoint_error(error)
-        on_end(outcome)
+        if self._staging is not None:
+            # a failed save may still be copying into memory that the next one is going to use
+            self._staging.settle()
+        progress.ended(outcome)
+
+    def _note(self, attempt: str, source: Source, progress: Progress) -> None:
+        image = source if isinstance(source, Feed) and not source.is_ring else None
+        if image is None or not image.is_staged:
+            progress.note_requested(attempt)
+        if image is not None:
+            # nothing of it is written before, so it costs no time
+            image.wait_over()
+            progress.note_staged(attempt)
 
 
 def _as_checkpoint_error(error: BaseException) -> CheckpointError:

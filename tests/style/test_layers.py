@@ -35,7 +35,7 @@ ROWS: list[tuple[str, set[str]]] = [
         },
     ),
     ("outside formats and upkeep", {"interop", "maintain"}),
-    ("pipeline", {"targets", "saving", "handle", "background", "loading", "api"}),
+    ("pipeline", {"targets", "saving", "handle", "progress", "background", "loading", "api"}),
     ("policy", {"checkpointer"}),
     ("the package", {""}),
     ("measurement", {"bench"}),
