@@ -36,7 +36,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ),
     ("outside formats and upkeep", {"interop", "maintain"}),
     ("pipeline", {"targets", "saving", "handle", "progress", "background", "loading", "api"}),
-    ("policy", {"checkpointer"}),
+    ("policy", {"pacing", "preemption", "policy", "checkpointer"}),
     ("the package", {""}),
     ("measurement", {"bench"}),
     ("command line", {"cli", "__main__"}),
