@@ -21,6 +21,7 @@ from .events import Timings
 from .exchange import Exchanged, Statement, exchange
 from .feed import LiveSource, Samples, chunk_size
 from .finish import Job, finish_save
+from .gpu import MemoryErrorGuard
 from .header import safetensors_header
 from .layout import PerRankLayout
 from .manifest import MANIFEST_NAME, Manifest, encode_canonical
@@ -89,6 +90,7 @@ class Prepared:
         rank: int,
         plan: RankPlan,
         tensors: Mapping[str, torch.Tensor],
+        require_sound: Callable[[], None],
         begun: float,
     ) -> None:
         self.begun = begun
@@ -100,6 +102,7 @@ class Prepared:
         self.plan = plan
         self.data = FileData(plan.pieces, tensors)
         """What goes into this rank's file."""
+        self._require_sound = require_sound
         self._prefix = prefix
         self._rank = rank
         self._contents = _contents(exchanged)
@@ -116,7 +119,11 @@ class Prepared:
         )
 
     def sample(self, select: Callable[[str], bool] = lambda name: True) -> Samples:
-        """Digests of this rank's replicas, of tensors whose name is selected, as they are now."""
+        """Digests of this rank's replicas, of tensors whose name is selected, as they are now.
+
+        Raises `DeviceMemoryError` if the memory that the state lies in has had errors by now.
+        """
+        self._require_sound()
         samples: Samples = {}
         for key, group in self.plan.groups.items():
             names = [name for name in group if select(name)]
@@ -139,10 +146,14 @@ class Prepared:
 class Saver:
     """Saves states to one store, and keeps the plan from save to save as long as the layout stays the same."""
 
-    def __init__(self, coordinator: Coordinator, store: Store, options: Options) -> None:
+    def __init__(
+        self, coordinator: Coordinator, store: Store, options: Options, memory_errors: MemoryErrorGuard | None = None
+    ) -> None:
         self._coordinator = coordinator
         self._store = store
         self._options = options
+        self.memory_errors = memory_errors or MemoryErrorGuard()
+        """Watches the GPUs that states lie on."""
         self._plan: RankPlan | None = None
         self._key = b""
 
@@ -173,6 +184,10 @@ class Saver:
         """
         begun = perf_counter()
         tensors: dict[str, torch.Tensor] = {}
+        devices: set[torch.device] = set()
+
+        def require_sound() -> None:
+            self.memory_errors.require_sound(self._coordinator.rank, self._options.on_memory_errors, devices)
 
         def make_statement() -> Statement:
             if self._coordinator.rank == 0:
@@ -184,6 +199,8 @@ class Saver:
                 captured = capture(state)
                 described = _describe(captured, tensors)
                 table = encode_table(sorted(state), described)
+                devices.update(tensor.device for tensor in tensors.values())
+                require_sound()
             values = {"save:step": step, "save:metadata": encode_value(dict(metadata), "metadata")}
             return Statement(table, per_rank_shapes(described), _encode_values(captured) | values, notice())
 
@@ -191,7 +208,7 @@ class Saver:
         timings.add("exchange", perf_counter() - begun - timings.seconds["capture"])
         with timings.measure("plan"):
             plan = self._plan_for(exchanged)
-        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, begun)
+        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun)
 
     def _plan_for(self, exchanged: Exchanged) -> RankPlan:
         """The plan, which is the one of the last save if nothing has changed since."""
