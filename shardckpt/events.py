@@ -11,8 +11,8 @@ stage     save: copy tensors to host memory
 hash      save: digests of what is written
 write     save: hand data to the storage
 fsync     save: make it durable there
-receipts  save: wait until the other ranks have done that
-commit    save: build and publish the manifest (rank 0), or wait for that
+receipts  save: wait until the other ranks have done that; on other ranks than 0, also until the checkpoint is committed
+commit    save: look at the files, build and publish the manifest; on rank 0
 read      load: get data from the storage
 verify    load: compare it with its digests
 place     load: put it into the tensors, and values into their places
