@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 import msgspec
 
-import shardckpt
 from shardckpt.commit import find_committed
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import BackgroundDied, CheckpointError
@@ -127,7 +126,7 @@ class BackgroundProcess:
     def __init__(self, setup: Setup, memory: HostMemory) -> None:
         ours, theirs = multiprocessing.Pipe()
         descriptors = (theirs.fileno(), memory.fd or 0)
-        package = str(Path(shardckpt.__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "shardckpt.background", *map(str, descriptors)],

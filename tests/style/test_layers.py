@@ -16,7 +16,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("leaves", {"errors", "failure", "events", "telemetry", "options", "crew", "_version"}),
     ("storage", {"store"}),
     ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "metrics", "validate"}),
-    ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler", "gpu"}),
+    ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler", "guard", "gpu"}),
     ("movement", {"stage", "feed", "staging", "hostmemory", "write", "read", "share"}),
     (
         "protocol",

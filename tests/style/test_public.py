@@ -19,6 +19,7 @@ from shardckpt import _version, errors
 NAMES = [
     "AlreadyCommitted",
     "AlreadyExists",
+    "BackgroundDied",
     "CheckpointError",
     "CheckpointNotFound",
     "Checkpointer",
@@ -33,6 +34,7 @@ NAMES = [
     "ElasticSampler",
     "Event",
     "Flat",
+    "HostMemoryError",
     "IntegrityError",
     "InvalidManifest",
     "MissingFile",
@@ -48,9 +50,12 @@ NAMES = [
     "RestoreInfo",
     "Restored",
     "Retention",
+    "SaveDropped",
     "SaveHandle",
+    "SavePending",
     "Saved",
     "ShapeMismatch",
+    "StateChanged",
     "StateError",
     "StorageFull",
     "StoreError",
@@ -113,7 +118,7 @@ def test_the_tree_of_errors_is_the_one_in_the_docstring() -> None:
                 path.pop()
             documented[found["name"]] = path[-1][1]
             path.append((len(found["lead"]), found["name"]))
-    actual = {name: kind.__base__.__name__ if kind.__base__ else "" for name, kind in _error_classes().items()}
+    actual = {name: kind.__bases__[0].__name__ for name, kind in _error_classes().items()}
     assert documented == {**actual, "CheckpointError": ""}
 
 
