@@ -122,7 +122,7 @@ class Feed(Source):
         self._changed = threading.Condition()
 
     def hear(self, news: News) -> bool:
-        """Learn what has happened; False, and no effect, for a failure after all was staged."""
+        """Learn what has happened; False, and no effect, for a failure after all was staged, and the other way round."""
         with self._changed:
             match news:
                 case Filled(index):
@@ -130,6 +130,8 @@ class Feed(Source):
                 case Written(index):
                     self._written.add(index)
                 case Staged(samples):
+                    if self._failure is not None:
+                        return False
                     self._samples = samples
                 case Failed(error):
                     if self._samples is not None:
@@ -163,8 +165,9 @@ class Feed(Source):
 
     def staged(self, samples: Samples) -> None:
         """All is filled, and nothing will be taken from the tensors any more. Raises what made the save fail meanwhile."""
-        self._wait(lambda: True)
-        self.hear(Staged(samples))
+        if not self.hear(Staged(samples)):
+            assert self._failure is not None
+            raise rebuild(self._failure)
         self._tell(Staged(samples))
 
     def fail(self, error: BaseException) -> bool:
