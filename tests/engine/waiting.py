@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wait for conditions in tests, with a patience that only a broken engine uses up."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+PATIENCE = 30.0
+"""Seconds."""
+_POLL_SECONDS = 0.002
+
+
+def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Return when ``condition()`` is true; raises `TimeoutError` when it does not become so."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so after {patience:g} s: {condition.__qualname__}")
+        time.sleep(_POLL_SECONDS)
+
+
+def until_blocked(thread: threading.Thread, function: Callable[..., object]) -> None:
+    """Return when ``thread`` waits for a condition of `threading` somewhere inside of ``function``."""
+
+    def is_blocked() -> bool:
+        if not thread.is_alive() and thread.ident is not None:
+            raise AssertionError(f"{thread.name} has ended instead of waiting in {function.__qualname__}")
+        frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
+        if frame is None or frame.f_code is not threading.Condition.wait.__code__:
+            return False
+        while frame is not None and frame.f_code is not getattr(function, "__code__", None):
+            frame = frame.f_back
+        return frame is not None
+
+    until(is_blocked)
+
+
+class Background(threading.Thread):
+    """Calls a function; `outcome` is what it returned or raised."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._result: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._result = error
+
+    def outcome(self) -> object:
+        """Wait for it."""
+        self.join(PATIENCE)
+        if self.is_alive():
+            raise TimeoutError(f"{self._function} does not come to its end")
+        return self._result
