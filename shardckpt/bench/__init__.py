@@ -3,20 +3,23 @@
 
 `measure_save`, `measure_load` and `measure_reshard` start rank processes of their own (gloo, on CPU), give them a GPT-shaped
 FSDP2 model with Adam's state, and let the contestants take turns, so that a change of the machine's mood meets all of them.
-What was saved and loaded is compared bit by bit, outside of the time that is measured. `measure_planning` does the work of
-rank 0 of a job of any size in one process.
+What was saved and loaded is compared bit by bit, outside of the time that is measured. `measure_async` trains that model, and
+measures what saves beside it cost. `measure_planning` does the work of rank 0 of a job of any size in one process.
 """
 
 from __future__ import annotations
 
+from .async_report import AsyncReport
 from .launch import BenchmarkFailed, Progress
-from .measure import measure_load, measure_reshard, measure_save
+from .measure import measure_async, measure_load, measure_reshard, measure_save
 from .planning import PlanReport, measure_planning
 from .report import Report
 from .shapes import parse_size
-from .spec import LoadSpec, PlanSpec, ReshardSpec, SaveSpec
+from .spec import AsyncSpec, LoadSpec, PlanSpec, ReshardSpec, SaveSpec
 
 __all__ = [
+    "AsyncReport",
+    "AsyncSpec",
     "BenchmarkFailed",
     "LoadSpec",
     "PlanReport",
@@ -25,6 +28,7 @@ __all__ = [
     "Report",
     "ReshardSpec",
     "SaveSpec",
+    "measure_async",
     "measure_load",
     "measure_planning",
     "measure_reshard",

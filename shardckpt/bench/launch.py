@@ -64,9 +64,17 @@ class _Seat:
     rank: int
     world_size: int
     port: int
+    backend: str
 
 
-def run_ranks(world_size: int, work: Callable[[OnProgress, T], R], argument: T, on_progress: OnProgress) -> list[R]:
+def run_ranks(
+    world_size: int,
+    work: Callable[[OnProgress, T], R],
+    argument: T,
+    on_progress: OnProgress,
+    *,
+    backend: str = "gloo",
+) -> list[R]:
     """Call ``work(report, argument)`` on ranks 0 to ``world_size - 1`` of a new process group; returns the results by rank.
 
     ``work`` is a module-level function. What rank 0 reports goes to ``on_progress``. Raises `BenchmarkFailed` with
@@ -82,8 +90,9 @@ def run_ranks(world_size: int, work: Callable[[OnProgress, T], R], argument: T, 
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            seat = _Seat(rank, world_size, store.port)
-            process: BaseProcess = context.Process(target=_serve, args=(theirs, seat, work, argument), daemon=True)
+            seat = _Seat(rank, world_size, store.port, backend)
+            # no daemon: those may not have processes of their own, which some contestants start
+            process: BaseProcess = context.Process(target=_serve, args=(theirs, seat, work, argument))
             with _ranks_environment(world_size):
                 process.start()
             theirs.close()
@@ -153,7 +162,7 @@ def _serve(connection: Connection, seat: _Seat, work: Callable[[OnProgress, Any]
             connection.send(("progress", progress))
 
     try:
-        dist.init_process_group("gloo", rank=seat.rank, world_size=seat.world_size)
+        dist.init_process_group(seat.backend, rank=seat.rank, world_size=seat.world_size)
         outcome = ("done", work(report, argument))
         dist.destroy_process_group()
     except BaseException as error:

@@ -9,11 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import ConfigError
+from .async_contest import AsyncJob, async_rounds
+from .async_contestants import choose, has_cuda
+from .async_report import AsyncReport, summarize_async
 from .contest import Job, load_rounds, save_once, save_rounds
 from .launch import OnProgress, Progress, run_ranks
 from .machine import describe_machine
 from .report import Case, Line, Report, describe_workload, summarize
-from .spec import Cache, LoadSpec, ReshardSpec, SaveSpec
+from .spec import AsyncSpec, Cache, LoadSpec, ReshardSpec, SaveSpec
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def ignore_progress(progress: Progress) -> None:
@@ -27,7 +32,8 @@ def measure_save(spec: SaveSpec, folder: str = ".", on_progress: OnProgress = ig
         outcome = run_ranks(spec.ranks, save_rounds, job, on_progress)[0]
         case = Case(from_ranks=spec.ranks, to_ranks=spec.ranks)
         lines = summarize(case, outcome)
-        return Report("save", describe_machine(scratch), describe_workload(spec, outcome), lines, outcome.ways, outcome.cold_by)
+        facts = describe_workload(spec, outcome.nbytes, outcome.num_tensors)
+        return Report("save", describe_machine(scratch), facts, lines, outcome.ways, outcome.cold_by)
 
 
 def measure_load(spec: LoadSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
@@ -39,6 +45,28 @@ def measure_reshard(spec: ReshardSpec, folder: str = ".", on_progress: OnProgres
     """Time loads onto other layouts, and count what they read. Raises `BenchmarkFailed`."""
     targets = [(ranks, dim) for dim in spec.dims for ranks in spec.to_ranks]
     return _measure_loads("reshard", spec, targets, spec.caches, folder, on_progress)
+
+
+def measure_async(spec: AsyncSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> AsyncReport:
+    """Time what saves cost training. Raises `BenchmarkFailed`, but not for a contestant that fails: the report says so."""
+    device = spec.device
+    if device == "auto":
+        device = "cuda" if has_cuda(spec.ranks) else "cpu"
+    entrants = choose(spec.contestants, cuda=device == "cuda")
+    with _scratch(folder, (spec.saves + 2) * spec.nbytes) as scratch:
+        job = AsyncJob(
+            folder=scratch,
+            nbytes=spec.nbytes,
+            rounds=spec.rounds,
+            saves=spec.saves,
+            steps=spec.steps,
+            samples=spec.samples,
+            contestants=spec.contestants,
+            device=device,
+        )
+        outcome = run_ranks(spec.ranks, async_rounds, job, on_progress, backend=_BACKENDS[device])[0]
+        facts = describe_workload(spec, outcome.nbytes, outcome.num_tensors)
+        return summarize_async(outcome, entrants, describe_machine(scratch), facts, device)
 
 
 def _measure_loads(
@@ -59,7 +87,8 @@ def _measure_loads(
             outcome = run_ranks(ranks, load_rounds, job, on_progress)[0]
             lines += summarize(Case(from_ranks=spec.ranks, to_ranks=ranks, dim=dim), outcome)
             ways |= {f"{what}_{ranks}_ranks": way for what, way in outcome.ways.items()}
-        return Report(benchmark, describe_machine(scratch), describe_workload(spec, saved), lines, ways, outcome.cold_by)
+        facts = describe_workload(spec, saved.nbytes, saved.num_tensors)
+        return Report(benchmark, describe_machine(scratch), facts, lines, ways, outcome.cold_by)
 
 
 @contextmanager

@@ -100,14 +100,14 @@ class Report:
     """How files were taken out of the page cache. What lies beneath (a host, a controller) may cache as well."""
 
 
-def describe_workload(spec: SaveSpec, outcome: Outcome) -> WorkloadFacts:
-    """Facts about the state that ``spec`` asked for."""
+def describe_workload(spec: SaveSpec, nbytes: int, num_tensors: int) -> WorkloadFacts:
+    """Facts about the state that ``spec`` asked for, and of which all ranks hold ``nbytes`` bytes."""
     shape = GPTShape.of_size(spec.nbytes)
     return WorkloadFacts(
-        bytes=outcome.nbytes,
+        bytes=nbytes,
         ranks=spec.ranks,
         parameters=shape.parameters,
-        tensors=outcome.num_tensors,
+        tensors=num_tensors,
         layers=shape.layers,
         width=shape.width,
         vocabulary=shape.vocabulary,

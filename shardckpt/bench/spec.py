@@ -12,6 +12,8 @@ from .shapes import GPTShape, count_parameters
 
 Cache = Literal["warm", "cold"]
 CACHES: tuple[Cache, ...] = ("warm", "cold")
+Device = Literal["auto", "cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,32 @@ class ReshardSpec(SaveSpec):
         uneven = [ranks for ranks in self.to_ranks if width % ranks]
         if 1 in self.dims and uneven:
             raise ConfigError(f"FSDP2 shards dimension 1 evenly only, and {uneven[0]} ranks do not divide {width}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsyncSpec(SaveSpec):
+    """Training, and saves beside it."""
+
+    nbytes: int = 240_000_000
+    """Size of the state of all ranks together."""
+    rounds: int = 2
+    """Times that each contestant takes its turn."""
+    saves: int = 3
+    """Saves of a turn; one more comes before them and does not count."""
+    steps: int = 3
+    """Training steps for each save; more are taken while it is not durable."""
+    samples: int = 2
+    """Rows of tokens that each rank trains on in a step."""
+    contestants: Sequence[str] = ()
+    """Patterns of names, such as ``dcp-*``; none for all."""
+    device: Device = "auto"
+    """Where the model is trained; ``auto`` takes GPUs when there is one for each rank."""
+
+    def __post_init__(self) -> None:
+        SaveSpec.__post_init__(self)
+        _require_counts(saves=[self.saves], steps=[self.steps], samples=[self.samples])
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r} is not one of {', '.join(DEVICES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,35 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..errors import ConfigError
 from .content import count_wrong, fill, poison
+from .model import build_model, state_tensors
 from .shapes import GPTShape
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-
-class GPT(nn.Module):
-    """The parameters of a GPT; it is never run."""
-
-    def __init__(self, shape: GPTShape) -> None:
-        super().__init__()
-        self.token = nn.Embedding(shape.vocabulary, shape.width)
-        self.place = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.ModuleList(_Block(shape.width) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
 
 
 class Workload:
@@ -43,7 +20,7 @@ class Workload:
 
     def __init__(self, shape: GPTShape, dim: int = 0) -> None:
         """Build the model sharded over all ranks on ``dim`` (vectors always on 0), and Adam's state as if it had run."""
-        self.model = _build_model(shape, dim)
+        self.model = build_model(shape, dim)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -81,29 +58,8 @@ class Workload:
 
     def _parts(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
         """(name, local tensor, global shape, offset) of each tensor, as model and optimizer have them now."""
-        for name, parameter in self.model.named_parameters():
-            yield name, *_locate(parameter)
-            for key, value in self.optimizer.state[parameter].items():
-                yield f"{name}/{key}", *_locate(value)
-
-
-def _build_model(shape: GPTShape, dim: int) -> GPT:
-    if dim not in (0, 1):
-        raise ConfigError(f"dim={dim} is not 0 or 1: the largest tensors of a GPT are matrices")
-    if dim == 1 and shape.width % dist.get_world_size():
-        raise ConfigError(f"FSDP2 shards dimension 1 evenly only: {dist.get_world_size()} does not divide {shape.width}")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-
-    def place(parameter: nn.Parameter) -> Shard:
-        return Shard(dim if parameter.ndim > dim else 0)
-
-    with torch.device("meta"):
-        model = GPT(shape)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=place)
-    fully_shard(model, mesh=mesh, shard_placement_fn=place)
-    model.to_empty(device="cpu")
-    return model
+        for name, tensor in state_tensors(self.model, self.optimizer):
+            yield name, *_locate(tensor)
 
 
 def _locate(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:

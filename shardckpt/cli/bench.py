@@ -17,14 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from shardckpt.errors import ConfigError
 
 from .arguments import AsJson
-from .output import count_text, print_json, print_table, say, size_text
+from .output import FOUND, count_text, print_json, print_table, say, size_text
 
 if TYPE_CHECKING:
     # torch, which these import, takes seconds: only commands that measure pay for it
-    from shardckpt.bench import PlanReport, Report
+    from shardckpt.bench import AsyncReport, PlanReport, Report
     from shardckpt.bench import Progress as Step
+    from shardckpt.bench.async_report import AsyncLine
     from shardckpt.bench.report import Line
-    from shardckpt.bench.spec import Cache
+    from shardckpt.bench.spec import Cache, Device
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,6 +95,48 @@ def reshard(
     _print(report, as_json)
 
 
+@app.command("async")
+def asynchronous(
+    size: Size = "240MB",
+    ranks: Annotated[int, typer.Option(help="Processes that train.", min=1)] = 2,
+    rounds: Rounds = 2,
+    steps: Annotated[int, typer.Option(help="Training steps for each save, at least.", min=1)] = 3,
+    saves: Annotated[int, typer.Option(help="Saves of a turn.", min=1)] = 3,
+    samples: Annotated[int, typer.Option(help="Rows of tokens that a rank trains on in a step.", min=1)] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", "--contestants", metavar="GLOB", help="Only those that match, such as 'dcp-*'; several times."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA when each rank can have a GPU.")] = "auto",
+    directory: Folder = ".",
+    as_json: AsJson = False,
+) -> None:
+    """What saves cost training that goes on beside them; each checkpoint is loaded again and checked.
+
+    Ends with status 1 when a contestant failed, or what it saved was not the state as of the call.
+    """
+    from shardckpt.bench import AsyncSpec, measure_async, parse_size
+
+    spec = AsyncSpec(
+        nbytes=parse_size(size),
+        ranks=ranks,
+        rounds=rounds,
+        steps=steps,
+        saves=saves,
+        samples=samples,
+        contestants=tuple(only or ()),
+        device=_device(device),
+    )
+    with _progress_shown(hidden=as_json) as show:
+        report = measure_async(spec, directory, show)
+    if as_json:
+        print_json(report)
+    else:
+        _print_async(report)
+    if any(line.wrong or line.problem for line in report.results):
+        raise typer.Exit(FOUND)
+
+
 @app.command()
 def plan(
     ranks: Annotated[int, typer.Option(help="World size of the job that is simulated.", min=1)] = 1024,
@@ -121,6 +164,15 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{option} {text!r} is not a list of integers such as 4,8") from None
+
+
+def _device(text: str) -> Device:
+    from shardckpt.bench.spec import DEVICES
+
+    for device in DEVICES:
+        if text == device:
+            return device
+    raise ConfigError(f"--device {text!r} is not one of {', '.join(DEVICES)}")
 
 
 def _caches(text: str) -> tuple[Cache, ...]:
@@ -188,6 +240,56 @@ def _cells(line: Line) -> tuple[str, ...]:
         f"{line.of_raw:.2f}",
         f"{line.read_amplification:.3f}x" if line.read_amplification is not None else "",
     )
+
+
+def _print_async(report: AsyncReport) -> None:
+    facts = report.workload
+    say(
+        f"bench async: {size_text(facts.bytes)} saved by {count_text(facts.ranks, 'rank')} that train on {report.device}: "
+        f"{facts.parameters / 1e6:.1f} M parameters and Adam's moments in {facts.tensors} tensors; "
+        f"{count_text(facts.rounds, 'round')}"
+    )
+    numbers = (
+        *("stall s", "max", "x copy", "steps/s", "in flight", "loss", "lost s", "durable s", "x blocking"),
+        *("memory", "x shard", "verified"),
+    )
+    print_table(("who", *numbers), [_async_cells(line) for line in report.results], numbers=numbers)
+    for line in report.results:
+        for wrong in line.wrong:
+            say(f"{line.contestant} WRONG: {wrong}")
+        if line.problem:
+            say(f"{line.contestant} FAILED: {line.problem}")
+    say(
+        f"plain copy: {report.copy_s:.4f} s for {size_text(report.shard_bytes)} on each of {count_text(facts.ranks, 'rank')} "
+        f"at once, by {report.copied_by}"
+    )
+    if report.bars:
+        say()
+        rows = [(bar.contestant, bar.name, _cell(bar.found, ".2f"), _cell(bar.at_most, ".2f")) for bar in report.bars]
+        print_table(("who", "figure", "found", "at most"), rows, numbers=("found", "at most"))
+    say(str(report.machine))
+
+
+def _async_cells(line: AsyncLine) -> tuple[str, ...]:
+    return (
+        line.contestant,
+        _cell(line.stall_s, ".4f"),
+        _cell(line.stall_max_s, ".4f"),
+        _cell(line.times_copy, ".2f"),
+        _cell(line.steps_per_s, ".2f"),
+        _cell(line.steps_per_s_in_flight, ".2f"),
+        _cell(line.loss, ".1%"),
+        _cell(line.lost_s, ".3f"),
+        _cell(line.durable_s, ".3f"),
+        _cell(line.times_blocking, ".2f"),
+        "" if line.memory_bytes is None else f"{line.memory_bytes / 1e6:.0f} MB",
+        _cell(line.times_shard, ".2f"),
+        f"{line.checked - len(line.wrong)} of {line.checked}" if line.checked else "",
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _print_planning(report: PlanReport) -> None:
