@@ -54,6 +54,8 @@ class Checkpointer:
 
     _LAZY_THREADS = 1
     """Threads that copy what is staged lazily. Tests have none: nothing is copied then before a step waits for it."""
+    _open_store = staticmethod(open_store)
+    """Where the root lies. Tests have stores that fail, and stores that wait."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Checkpointer:
         self._options = options or Options()
         self._retention = Retention(keep_last=keep_last, keep_every=keep_every)
         self._sink = Sink(on_event)
-        self._store = open_store(root)
+        self._store = self._open_store(root)
         self._root = Root(self._store)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
