@@ -31,6 +31,7 @@ from .errors import (
 from .events import Event, Sink
 from .guard import STEP_GUARD
 from .handle import SaveHandle
+from .hostmemory import HostMemory
 from .journal import Journal
 from .loading import Load, Restored
 from .manifest import step_directory
@@ -78,8 +79,8 @@ class Checkpointer:
         self._root = Root(self._store)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
+        carrier = _make_carrier(self._coordinator, self._store, self._options)
         local_ranks = self._coordinator.local_ranks
-        carrier = _make_carrier(self._coordinator, self._store, self._options, local_ranks)
         self._background = Background(
             self._saver, self._store, carrier, self._options, local_ranks, lazy_threads=self._LAZY_THREADS
         )
@@ -261,15 +262,18 @@ class Checkpointer:
                 raise
 
 
-def _make_carrier(coordinator: Coordinator, store: Store, options: Options, local_ranks: int) -> Carrier:
-    limit = None if options.host_memory_limit is None else options.host_memory_limit // local_ranks
+def _make_carrier(coordinator: Coordinator, store: Store, options: Options) -> Carrier:
+    limit, sharers = options.host_memory_limit, coordinator.local_ranks
+    share = None if limit is None else limit // sharers
     if options.background == "thread":
-        return ThreadCarrier(coordinator, store, workers=options.workers, limit=limit)
+        memory = HostMemory(limit=share, sharers=sharers)
+        return ThreadCarrier(coordinator, store, memory, workers=options.workers)
     if isinstance(store, MemoryStore):
         raise ConfigError(
             f"{store.url} lies in the memory of this process, where a background process cannot write: take background='thread'"
         )
-    return ProcessCarrier(coordinator, store, timeout=options.timeout, workers=options.workers, limit=limit)
+    memory = HostMemory(limit=share, sharers=sharers, shared=True)
+    return ProcessCarrier(coordinator, store, memory, timeout=options.timeout, workers=options.workers)
 
 
 _OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 import msgspec
 
+from .events import Phase
 from .failure import Failure, describe, rebuild
 from .stage import CHUNK, Buffer, BufferPool, FileData
 
@@ -44,6 +45,8 @@ class Staged(msgspec.Struct, frozen=True, tag=True):
     """Everything is filled, and nothing more will be taken from the tensors."""
 
     samples: Samples
+    seconds: dict[Phase, float]
+    """What the save took so far, by phase, as far as the stager knows."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -62,6 +65,8 @@ class Source(ABC):
     """Length of the region."""
     chunk: int
     """Bytes per chunk; the last one may be shorter."""
+    seconds: Mapping[Phase, float] = {}
+    """What the save took until all was staged, by phase, where another process has measured it."""
 
     @abstractmethod
     def take(self, index: int) -> AbstractContextManager[memoryview]:
@@ -129,10 +134,10 @@ class Feed(Source):
                     self._filled = index + 1
                 case Written(index):
                     self._written.add(index)
-                case Staged(samples):
+                case Staged(samples, seconds):
                     if self._failure is not None:
                         return False
-                    self._samples = samples
+                    self._samples, self.seconds = samples, seconds
                 case Failed(error):
                     if self._samples is not None:
                         return False
@@ -163,12 +168,12 @@ class Feed(Source):
         self.hear(Filled(index))
         self._tell(Filled(index))
 
-    def staged(self, samples: Samples) -> None:
+    def staged(self, samples: Samples, seconds: dict[Phase, float]) -> None:
         """All is filled, and nothing will be taken from the tensors any more. Raises what made the save fail meanwhile."""
-        if not self.hear(Staged(samples)):
+        if not self.hear(Staged(samples, seconds)):
             assert self._failure is not None
             raise rebuild(self._failure)
-        self._tell(Staged(samples))
+        self._tell(Staged(samples, seconds))
 
     def fail(self, error: BaseException) -> bool:
         """End all waiting with ``error``; False, and no effect, when everything is staged already."""

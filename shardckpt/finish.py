@@ -67,7 +67,7 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
         receipt = write_rank_file(store, name, job.header, source, job.block_size, workers=workers, timings=timings)
         samples.append(source.samples())
         written_at.append(perf_counter())
-        return _PACK.encode(_Written(receipt, condense(samples[0]), timings.seconds))
+        return _PACK.encode(_Written(receipt, condense(samples[0]), {**source.seconds, **timings.seconds}))
 
     def commit(payloads: list[bytes]) -> bytes:
         timings.add("receipts", perf_counter() - written_at[0])
@@ -76,7 +76,7 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
         if diverging:
             return _PACK.encode(_Verdict("", diverging))
         with timings.measure("commit"):
-            seconds = [timings.seconds, *(w.seconds for w in written[1:])]
+            seconds = [written[0].seconds | timings.seconds, *(w.seconds for w in written[1:])]
             digest = _commit(job, store, [w.receipt for w in written], encode_columns(seconds))
         return _PACK.encode(_Verdict(digest, ()))
 

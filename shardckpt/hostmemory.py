@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
 
+from .available import available_memory
 from .errors import ConfigError, HostMemoryError
 from .feed import num_chunks
 from .gpu import pin, unpin
@@ -17,6 +18,8 @@ from .stage import Buffer
 logger = logging.getLogger("shardckpt")
 
 _FALLBACK_CHUNKS = 16
+_PRUDENCE = 0.9
+"""Share of the available memory that is taken at most."""
 
 
 class HostMemory:
@@ -30,12 +33,16 @@ class HostMemory:
         self,
         *,
         limit: int | None = None,
+        sharers: int = 1,
         shared: bool = False,
+        available: Callable[[], int | None] = available_memory,
         pin: Callable[[int, int, Literal["auto", "always"]], bool] = pin,
         unpin: Callable[[int], None] = unpin,
     ) -> None:
-        """``limit`` is in bytes, and this rank's share."""
+        """``limit`` is in bytes, and this rank's share. Without one, ``sharers`` ranks share what is ``available``."""
         self._limit = limit
+        self._sharers = sharers
+        self._available = available
         self.fd = os.memfd_create("shardckpt", os.MFD_CLOEXEC) if shared else None
         """Descriptor of shared memory."""
         self._pin = pin
@@ -56,10 +63,24 @@ class HostMemory:
                     f"host_memory_limit leaves this rank {self._limit} bytes to stage its file in, and one chunk of it "
                     f"has {chunk}: set it to at least {chunk} bytes for each rank of the node"
                 )
+        if self._buffer is not None and self._buffer.size >= wanted:
+            return self._buffer
+        means = self._means()
+        if means is not None and wanted > means:
+            logger.warning("no %d bytes of host memory to stage a state in: it goes through %d bytes", wanted, means)
+            wanted = max(1, means // chunk) * chunk
         if self._buffer is None or self._buffer.size < wanted:
             self._drop()
             self._buffer = self._allocate(wanted, chunk)
         return self._buffer
+
+    def _means(self) -> int | None:
+        """Bytes that this rank may take without starving the node; None when that is not known, or not asked."""
+        available = self._available() if self._limit is None else None
+        if available is None:
+            return None
+        held = 0 if self._buffer is None else self._buffer.size
+        return held + int(_PRUDENCE * available) // self._sharers
 
     def lock(self, mode: Literal["auto", "always"]) -> None:
         """Page-lock what was reserved, for GPUs to copy to; once, until other memory is reserved.

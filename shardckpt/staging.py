@@ -6,8 +6,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import TypeAlias
 
 from .crew import share_out
+from .device_staging import DeviceCopies, DeviceStaging
 from .events import Timings
 from .feed import Feed, Samples
 from .stage import FileData, Part
@@ -15,8 +17,16 @@ from .stage import FileData, Part
 Batch = Sequence[Part]
 """Parts that one thread copies in one go."""
 
+Select: TypeAlias = Callable[[str], bool]
+"""Which tensors, by name."""
 
-def batches(data: FileData, chunk: int, select: Callable[[str], bool] = lambda name: True) -> list[Batch]:
+
+def everything(name: str) -> bool:
+    """Select all tensors."""
+    return True
+
+
+def batches(data: FileData, chunk: int, select: Select = everything) -> list[Batch]:
     """All parts of a file, of tensors whose name is selected, in batches of about ``chunk`` bytes."""
     found: list[Batch] = []
     for start in range(0, data.nbytes, chunk):
@@ -36,57 +46,85 @@ def stage_through_ring(data: FileData, feed: Feed, sample: Callable[[], Samples]
             for part in data.parts(start, stop):
                 data.copy(part, feed.memory, position + part.offset - start)
         feed.filled(index)
-    feed.staged(sample())
+    feed.staged(sample(), timings.seconds)
 
 
-def stage_at_once(data: FileData, feed: Feed, batched: Sequence[Batch], threads: int, timings: Timings) -> None:
-    """Copy batches to their places in memory that holds the whole file."""
+def stage_at_once(
+    data: FileData, feed: Feed, devices: DeviceStaging, threads: int, timings: Timings, select: Select = everything
+) -> None:
+    """Copy the selected tensors to their places in memory that holds the whole file."""
 
     def copy(batch: Batch) -> None:
         for part in batch:
             data.copy(part, feed.memory, part.offset)
 
     with timings.measure("stage", data.nbytes):
-        share_out(copy, batched, threads, "shardckpt-stage")
+        copies = devices.start(data, feed.memory.tensor, select)
+        try:
+            share_out(copy, host_batches(data, feed.chunk, devices, select), threads, "shardckpt-stage")
+        finally:
+            copies.synchronize()
+
+
+def host_batches(data: FileData, chunk: int, devices: DeviceStaging, select: Select = everything) -> list[Batch]:
+    """Batches of the selected tensors that ``devices`` leave to threads."""
+    return batches(data, chunk, lambda name: select(name) and not devices.takes(data.tensors[name]))
 
 
 class LazyStaging:
-    """Copies batches in the background; whoever is about to change the tensors helps, and waits until all is copied."""
+    """Copies that are made while training goes on; whoever is about to change the tensors waits for them, and helps.
+
+    Threads copy what lies in host memory. Copies from GPUs are under way already when this is made: there it is the work given
+    to the GPUs after the wait that waits for them.
+    """
 
     def __init__(
         self,
         data: FileData,
         feed: Feed,
         batched: Sequence[Batch],
-        finish: Callable[[], None],
+        copies: DeviceCopies,
+        look: Callable[[], None],
+        end: Callable[[], None],
         on_wait: Callable[[float], None],
         timings: Timings,
     ) -> None:
-        """``finish`` runs once, when all is copied, before anybody may change a tensor; ``on_wait`` hears of seconds waited."""
+        """``look`` is called once, when nobody has changed a tensor yet and soon somebody may; ``end`` once, when all is copied
+        or never will be; ``on_wait`` with the seconds of each wait."""
         self._data = data
         self._feed = feed
         self._batches = list(reversed(batched))
         self._busy = 0
         self._settled = False
-        self._finish = finish
+        self._copies = copies
+        self._look = once(look)
+        self._end = end
         self._on_wait = on_wait
         self._timings = timings
         self._changed = threading.Condition()
+        self._batches_over = threading.Event()
         self._over = threading.Event()
 
     def start(self, threads: int) -> None:
         """Begin to copy."""
+        if self._copies:
+            self._spawn(self._settle, "devices")
         for at in range(min(threads, len(self._batches))):
-            threading.Thread(target=self._help, name=f"shardckpt-stage-{at}", daemon=True).start()
+            self._spawn(self._help, str(at))
         self._settle_if_last()
 
     def wait_before_change(self) -> None:
-        """Return when the tensors may be changed. Never raises: a failure is the save's."""
+        """Return when the tensors may be changed by this thread. A failure to copy is the save's."""
         if self._over.is_set():
             return
         begun = perf_counter()
         self._help()
-        self._over.wait()
+        if self._copies:
+            self._batches_over.wait()
+            self._try(self._look)
+            self._copies.wait_on_current_streams()
+        else:
+            self._over.wait()
         self._on_wait(perf_counter() - begun)
 
     def fail(self, error: Exception) -> None:
@@ -100,8 +138,11 @@ class LazyStaging:
         self._settle_if_last()
         self._over.wait()
 
+    def _spawn(self, target: Callable[[], None], name: str) -> None:
+        threading.Thread(target=target, name=f"shardckpt-stage-{name}", daemon=True).start()
+
     def _help(self) -> None:
-        """Copy what nobody copies yet; the thread that ends the last copy finishes."""
+        """Copy what nobody copies yet; the thread that ends the last copy settles the rest."""
         while (batch := self._claim()) is not None:
             error: BaseException | None = None
             try:
@@ -132,9 +173,34 @@ class LazyStaging:
             if self._settled or self._busy or self._batches:
                 return
             self._settled = True
+        self._batches_over.set()
+        if not self._copies:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for copies from GPUs and for batches; then everything is copied."""
+        with self._timings.measure("stage", 0):
+            self._try(self._copies.synchronize)
+        self._batches_over.wait()
+        self._try(self._look)
+        self._try(self._end)
+        self._over.set()
+
+    def _try(self, function: Callable[[], None]) -> None:
         try:
-            self._finish()
-        except BaseException as caught:
-            self._feed.fail(caught)
-        finally:
-            self._over.set()
+            function()
+        except BaseException as error:
+            self._feed.fail(error)
+
+
+def once(function: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls ``function`` the first time; all calls return when that one has."""
+    lock = threading.Lock()
+    left = [function]
+
+    def call() -> None:
+        with lock:
+            if left:
+                left.pop()()
+
+    return call

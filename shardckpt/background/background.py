@@ -8,15 +8,19 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from shardckpt.device_staging import DeviceStaging
 from shardckpt.errors import CheckpointError, StateChanged
 from shardckpt.failure import describe, rebuild
 from shardckpt.feed import Feed, LiveSource, Samples, Source
+from shardckpt.gpu import GPU, gpu_of, near, wants_pinning
 from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
 from shardckpt.options import Options
 from shardckpt.progress import Outcome, Progress
 from shardckpt.saving import Prepared, Saver
-from shardckpt.stage import wait_for_devices
-from shardckpt.staging import LazyStaging, batches, stage_at_once, stage_through_ring
+from shardckpt.stage import FileData, wait_for_devices
+from shardckpt.staging import LazyStaging, host_batches, stage_at_once, stage_through_ring
 from shardckpt.store import Store
 
 from .carrier import Carrier
@@ -26,7 +30,15 @@ class Background:
     """Saves that go on while training does, one at a time."""
 
     def __init__(
-        self, saver: Saver, store: Store, carrier: Carrier, options: Options, local_ranks: int, *, lazy_threads: int = 1
+        self,
+        saver: Saver,
+        store: Store,
+        carrier: Carrier,
+        options: Options,
+        local_ranks: int,
+        *,
+        lazy_threads: int = 1,
+        devices: DeviceStaging | None = None,
     ) -> None:
         """``lazy_threads`` copy what is staged lazily; with none, it is copied when a step waits for it, as tests want it."""
         self._saver = saver
@@ -35,6 +47,8 @@ class Background:
         self._options = options
         self._threads = max(1, min(options.workers, len(os.sched_getaffinity(0)) // local_ranks))
         self._lazy_threads = lazy_threads
+        self._devices = devices or DeviceStaging()
+        self._gpus: dict[torch.device, GPU | None] = {}
         self._thread: threading.Thread | None = None
         self._feed: Feed | None = None
         self._staging: LazyStaging | None = None
@@ -81,6 +95,7 @@ class Background:
 
     def close(self) -> None:
         """Give back memory and processes, when no save is under way."""
+        self._devices.close()
         self._carrier.close()
 
     def _make_source(self, prepared: Prepared, progress: Progress, state: Mapping[str, Any]) -> Source:
@@ -95,43 +110,67 @@ class Background:
                 return prepared.sample()
 
             return LiveSource(data, chunk, self._options.workers, sample)
-        return self._carrier.feed(data.nbytes, chunk, progress.staged)
+        return self._make_feed(data, chunk, progress)
+
+    def _make_feed(self, data: FileData, chunk: int, progress: Progress) -> Feed:
+        """A feed whose memory, when there is something on a GPU, lies near it and is page-locked."""
+        devices = {tensor.device: None for tensor in data.tensors.values() if self._devices.takes(tensor)}
+        for device in devices:
+            if device not in self._gpus:
+                self._gpus[device] = gpu_of(device)
+        with near(next((self._gpus[device] for device in devices), None)):
+            feed = self._carrier.feed(data.nbytes, chunk, progress.staged)
+            if self._options.pin_memory != "never" and wants_pinning(self._options.pin_memory, devices):
+                try:
+                    self._carrier.memory.lock(self._options.pin_memory)
+                except (CheckpointError, RuntimeError) as error:
+                    # so that the other ranks hear of it
+                    feed.fail(error)
+        return feed
 
     def _stage(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:
         try:
             data = prepared.data
-            wait_for_devices(data.tensors.values())
+            # what the copies of `DeviceStaging` need not: they wait for it on the device
+            wait_for_devices(t for t in data.tensors.values() if feed.is_ring or not self._devices.takes(t))
             if feed.is_ring:
                 stage_through_ring(data, feed, prepared.sample, progress.timings)
             elif self._options.stage == "lazy":
                 self._stage_lazily(prepared, feed, state, progress)
                 return
             else:
-                stage_at_once(data, feed, batches(data, feed.chunk), self._threads, progress.timings)
-                feed.staged(prepared.sample())
+                stage_at_once(data, feed, self._devices, self._threads, progress.timings)
+                feed.staged(prepared.sample(), progress.timings.seconds)
         except Exception as error:
             feed.fail(error)
         prepared.release()
 
     def _stage_lazily(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:
-        data = prepared.data
+        data, devices = prepared.data, self._devices
         is_owned = owned_by_optimizers(state)
         owned = {name: tensor for name, tensor in data.tensors.items() if is_owned(tensor)}
-        stage_at_once(data, feed, batches(data, feed.chunk, lambda name: name not in owned), self._threads, progress.timings)
-        samples = prepared.sample(lambda name: name not in owned)
+        stage_at_once(data, feed, devices, self._threads, progress.timings, lambda name: name not in owned)
+        # not those on a GPU: to look at them then would wait for all that training has queued there
+        late = {name for name, tensor in owned.items() if not devices.takes(tensor)}
+        samples = prepared.sample(lambda name: name not in late)
         versions = Versions.of(owned, is_owned.tensors)
 
-        def finish() -> None:
+        def look() -> None:
+            for key, found in prepared.sample(lambda name: name in late).items():
+                samples[key].update(found)
+            _require_unchanged(versions)
+
+        def end() -> None:
             try:
-                late = prepared.sample(lambda name: name in owned)
-                _require_unchanged(versions)
-                feed.staged({key: samples[key] | late[key] for key in samples})
+                feed.staged(samples, progress.timings.seconds)
             finally:
                 STEP_GUARD.forget(staging)
                 prepared.release()
 
-        later = batches(data, feed.chunk, lambda name: name in owned)
-        self._staging = staging = LazyStaging(data, feed, later, finish, progress.handle._add_stall, progress.timings)
+        later = host_batches(data, feed.chunk, devices, lambda name: name in owned)
+        copies = devices.start(data, feed.memory.tensor, lambda name: name in owned)
+        on_wait = progress.handle._add_stall
+        self._staging = staging = LazyStaging(data, feed, later, copies, look, end, on_wait, progress.timings)
         STEP_GUARD.watch(staging)
         staging.start(self._lazy_threads)
 

@@ -55,8 +55,8 @@ def make_feed(memory: HostMemory, nbytes: int, chunk: int, tell: Callable[[News]
 class ThreadCarrier(Carrier):
     """Finishes saves in the thread that asks for it."""
 
-    def __init__(self, coordinator: Coordinator, store: Store, *, workers: int, limit: int | None) -> None:
-        self.memory = HostMemory(limit=limit)
+    def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, workers: int) -> None:
+        self.memory = memory
         self._coordinator = coordinator.channel("background")
         self._store = store
         self._workers = workers

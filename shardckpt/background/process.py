@@ -39,8 +39,9 @@ _Item: TypeAlias = News | Report | Gone
 class ProcessCarrier(Carrier):
     """Hands saves over to a process of their own, which is started at once and, when it was killed, again for the next save."""
 
-    def __init__(self, coordinator: Coordinator, store: Store, *, timeout: float, workers: int, limit: int | None) -> None:
-        self.memory = HostMemory(limit=limit, shared=True)
+    def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, timeout: float, workers: int) -> None:
+        """``memory`` is shared."""
+        self.memory = memory
         self._store = store
         self._coordinator = coordinator
         self._setup = Setup(

@@ -220,11 +220,17 @@ def test_a_save_tells_what_it_did(tmp_path: Path) -> None:
     check_recorded(tmp_path, [found])
 
 
-@pytest.mark.parametrize("stage", ["eager", "lazy", "none"])
-def test_a_save_in_the_background_tells_what_it_did(tmp_path: Path, stage: Literal["eager", "lazy", "none"]) -> None:
+@pytest.mark.parametrize(
+    ("stage", "background"),
+    [("eager", "thread"), ("lazy", "thread"), ("none", "thread"), ("eager", "process"), ("lazy", "process")],
+)
+def test_a_save_in_the_background_tells_what_it_did(
+    tmp_path: Path, stage: Literal["eager", "lazy", "none"], background: Literal["thread", "process"]
+) -> None:
     events: list[Event] = []
     state = {"x": torch.arange(1000.0)}
-    with shardckpt.Checkpointer(tmp_path, on_event=events.append, options=Options(stage=stage)) as checkpointer:
+    options = Options(stage=stage, background=background)
+    with shardckpt.Checkpointer(tmp_path, on_event=events.append, options=options) as checkpointer:
         checkpointer.save(4, state)
         checkpointer.wait()
         found = by_phase(events)

@@ -33,7 +33,7 @@ def stage(feed: Feed, data: bytes) -> None:
         part = data[index * feed.chunk : (index + 1) * feed.chunk]
         feed.memory.bytes[at : at + len(part)] = part
         feed.filled(index)
-    feed.staged(SAMPLES)
+    feed.staged(SAMPLES, {})
 
 
 def drain(feed: Feed, workers: int) -> bytes:
@@ -117,7 +117,7 @@ def test_a_whole_image_is_written_when_all_of_it_is_staged() -> None:
     for index in (1, 2):
         feed.filled(index)
     until_blocked(taker, Feed._wait)
-    feed.staged({})
+    feed.staged({}, {})
     assert taker.outcome() == bytes(3 * CHUNK)
 
 
@@ -154,7 +154,7 @@ def test_samples_come_with_the_last_chunk() -> None:
         feed.filled(index)
     assert writer.outcome() == bytes(2 * CHUNK)
     until_blocked(asker, Feed._wait)
-    feed.staged(SAMPLES)
+    feed.staged(SAMPLES, {})
     assert asker.outcome() == SAMPLES
 
 
@@ -190,7 +190,7 @@ def test_a_failure_is_raised_from_then_on() -> None:
     assert feed.failure is not None
     calls: list[Callable[[], object]] = [
         lambda: feed.room(0),
-        lambda: feed.staged({}),
+        lambda: feed.staged({}, {}),
         lambda: drain(feed, 1),
         feed.samples,
     ]
@@ -257,7 +257,7 @@ def test_a_failure_reaches_the_other_process() -> None:
 
 
 def test_who_waits_for_the_end_of_staging_sees_either_end() -> None:
-    for end in (lambda feed: feed.staged({}), lambda feed: feed.fail(StorageFull("no room"))):
+    for end in (lambda feed: feed.staged({}, {}), lambda feed: feed.fail(StorageFull("no room"))):
         feed = make(chunks=1, slots=1)
         waiter = Background(feed.wait_over)
         until_blocked(waiter, Feed.wait_over)
