@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from .api import check_metadata, check_step
+from .appointment import Peers
 from .background.background import Background
 from .background.carrier import Carrier, ThreadCarrier
 from .background.process import ProcessCarrier
@@ -35,7 +36,8 @@ from .hostmemory import HostMemory
 from .journal import Journal
 from .loading import Load, Restored
 from .manifest import step_directory
-from .options import Options, Retention
+from .options import Options, Retention, Schedule
+from .policy import SavePolicy
 from .progress import Progress
 from .root import Root
 from .saving import Saver
@@ -64,16 +66,25 @@ class Checkpointer:
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+        continuous: bool = False,
+        max_overhead: float | None = None,
         on_event: Callable[[Event], object] | None = None,
         options: Options | None = None,
     ) -> None:
         """Open ``root`` (a path, or a URL such as ``s3://bucket/run``), which is made at the first save.
 
         After each commit all steps but the ``keep_last`` newest go, and those that are multiples of ``keep_every`` stay.
+        When `should_save` says yes is up to ``every_steps``, and to one of ``every_seconds``, ``continuous`` (the next save
+        begins when the last one is durable) and ``max_overhead`` (saves take at most this share of the time, say 0.02).
         ``on_event`` is called on each rank with an `Event` for each phase of a save or restore that is over, from any thread.
         """
         self._options = options or Options()
         self._retention = Retention(keep_last=keep_last, keep_every=keep_every)
+        schedule = Schedule(
+            every_steps=every_steps, every_seconds=every_seconds, continuous=continuous, max_overhead=max_overhead
+        )
         self._sink = Sink(on_event)
         self._store = self._open_store(root)
         self._root = Root(self._store)
@@ -85,6 +96,7 @@ class Checkpointer:
             self._saver, self._store, carrier, self._options, local_ranks, lazy_threads=self._LAZY_THREADS
         )
         self._journal = Journal(self._store) if self._coordinator.rank == 0 else None
+        self._policy = SavePolicy(schedule, Peers.of(self._coordinator, self._options.timeout))
         self._latest: SaveHandle | None = None
         self._reading: set[int] = set()
         self._closed = False
@@ -102,6 +114,38 @@ class Checkpointer:
         """The committed steps, ascending. Not collective: what this rank sees now."""
         return self._root.steps()
 
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has made all ranks agree to save and stop; it changes in a call of `should_save`, on all at once."""
+        return self._policy.preempted
+
+    def should_save(self, step: int) -> bool:
+        """Whether to save after this step, as the schedule and signals say: the same answer on every rank.
+
+        Every rank calls it once per training step. It talks to no other rank, except in the step in which a save becomes
+        due by time or signal: then it waits some milliseconds, and the answer is yes in that step or the next one.
+
+        Raises `ConfigError` when there is neither a schedule nor `on_signal`, and `RankTimeout` with the ranks that are gone.
+        """
+        self._require_open()
+        check_step(step)
+        return self._policy.should_save(step)
+
+    def on_signal(self, *signals: int, exit_status: int | None = None, leave: bool = True) -> None:
+        """When one of ``signals`` comes to any rank: save once more on all of them, and leave.
+
+        All ranks agree on a step; in it `should_save` is true, `save` blocks until the checkpoint is durable, and then it
+        raises `SystemExit` on every rank with ``exit_status``, by default 128 + the signal's number. When that save fails,
+        it raises the error instead. Not with ``leave=False``: then look at `preempted` and leave in your own way. Further
+        signals change nothing; `close` puts back what handled them before.
+
+        Call it on every rank, in the main thread; `ConfigError` otherwise. ``torchrun`` passes SIGTERM on to its workers'
+        process groups and kills what is left after 30 s, so steps and saves have to be shorter than that. Processes of
+        data loaders are in these groups; those that are forked after this call live on until their parent ends them.
+        """
+        self._require_open()
+        self._policy.on_signal(signals, exit_status, leave)
+
     def save(
         self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None, wait: bool = False
     ) -> SaveHandle:
@@ -112,6 +156,7 @@ class Checkpointer:
         saved. Errors of storage and of other ranks are raised by `SaveHandle.result`, and here as ``Options.on_error`` says.
         """
         begun = perf_counter()
+        wait = wait or self.preempted
         self._require_open()
         check_step(step)
         check_metadata(metadata)
@@ -127,6 +172,8 @@ class Checkpointer:
                 raise
         finally:
             handle._add_stall(perf_counter() - begun)
+        if handle is self._latest:
+            self._policy.saved(handle)
         return handle
 
     def restore(
@@ -174,6 +221,7 @@ class Checkpointer:
             if self._options.stage == "lazy":
                 STEP_GUARD.detach()
             self._background.close()
+            self._policy.close()
             self._coordinator.close()
             self._surface()
 
@@ -191,7 +239,8 @@ class Checkpointer:
         if policy != "wait" and not self._agree_on_busy(policy, handle):
             return False
         self._background.wait()
-        self._surface()
+        if not self.preempted:
+            self._surface()
         return True
 
     def _agree_on_busy(self, policy: Literal["skip", "replace"], handle: SaveHandle) -> bool:
@@ -236,7 +285,7 @@ class Checkpointer:
             return
         try:
             self._root.prune(self._root.plan_prune(self._retention, protected={newest, *self._reading}))
-        except StoreError as error:
+        except Exception as error:
             logger.warning("could not prune %s after step %d was saved: %s", self.url, newest, error)
 
     def _surface(self) -> None:

@@ -80,8 +80,9 @@ class Background:
 
     def drop(self, error: CheckpointError) -> None:
         """Make the save that is under way fail, unless it is staged."""
-        if self._feed is not None:
-            self._feed.fail(error)
+        feed = self._feed
+        if feed is not None:
+            feed.fail(error)
 
     @property
     def is_busy(self) -> bool:
@@ -188,6 +189,8 @@ class Background:
         if self._staging is not None:
             # a failed save may still be copying into memory that the next one is going to use
             self._staging.settle()
+        # they refer to the state's tensors, and to memory that is given back at close
+        self._feed = self._staging = None
         progress.ended(outcome)
 
     def _note(self, attempt: str, source: Source, progress: Progress) -> None:
