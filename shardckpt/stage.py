@@ -140,7 +140,7 @@ class FileData:
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """What bytes ``[start, stop)`` of the region consist of, in order; both are multiples of the items' sizes."""
-        at = bisect_right(self._offsets, start) - 1
+        at = max(0, bisect_right(self._offsets, start) - 1)
         while at < len(self._pieces) and self._pieces[at].offset < stop:
             piece = self._pieces[at]
             low, high = max(start, piece.offset), min(stop, piece.offset + piece.nbytes)
