@@ -30,6 +30,7 @@ from .errors import (
     StoreError,
 )
 from .events import Event, Sink
+from .gpu import require_cuda
 from .guard import STEP_GUARD
 from .handle import SaveHandle
 from .hostmemory import HostMemory
@@ -81,6 +82,8 @@ class Checkpointer:
         ``on_event`` is called on each rank with an `Event` for each phase of a save or restore that is over, from any thread.
         """
         self._options = options or Options()
+        if self._options.pin_memory == "always":
+            require_cuda("pin_memory='always'")
         self._retention = Retention(keep_last=keep_last, keep_every=keep_every)
         schedule = Schedule(
             every_steps=every_steps, every_seconds=every_seconds, continuous=continuous, max_overhead=max_overhead
@@ -201,9 +204,13 @@ class Checkpointer:
         self._reading.add(chosen)
         try:
             prefix = f"{step_directory(chosen)}/"
-            return Load(self._coordinator, self._store, prefix, selection, self._options, self._sink).run(state)
+            restored = Load(self._coordinator, self._store, prefix, selection, self._options, self._sink).run(state)
         finally:
             self._reading.discard(chosen)
+        if keys is None:
+            # what they may have damaged is replaced
+            self._saver.memory_errors.start_anew()
+        return restored
 
     def wait(self) -> None:
         """Return when no save is under way, whatever has become of it."""
