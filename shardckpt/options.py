@@ -132,8 +132,8 @@ class Schedule:
             raise ConfigError(f"continuous={self.continuous!r} is not True or False")
         if self.max_overhead is not None and not _is_number_within(self.max_overhead, 0, 1):
             raise ConfigError(
-                f"max_overhead={self.max_overhead!r} is not a share between 0 and 1 (or None); 0.02 lets saves take two per cent "
-                "of the time"
+                f"max_overhead={self.max_overhead!r} is not a share between 0 and 1 (or None); 0.02 lets saves take two per "
+                "cent of the time"
             )
         clocks = [name for name in ("every_seconds", "continuous", "max_overhead") if getattr(self, name) not in (None, False)]
         if len(clocks) > 1:

@@ -68,13 +68,10 @@ class SavePolicy:
             self._statuses[signum] = (128 + signum if exit_status is None else exit_status) if leave else None
         self._signals.install(signals)
 
-    def save_began(self, save: Save) -> None:
-        """Any save, whoever wanted it."""
+    def saved(self, save: Save) -> None:
+        """A save was called for and has returned. Raises `SystemExit` when it was the last one and the process is to leave."""
         if self._pacer is not None:
             self._pacer.save_began(save)
-
-    def leave(self) -> None:
-        """Raise `SystemExit` if this process is to stop and not to go on by itself; its last save is durable."""
         status = self._exit_status
         if status is not None:
             raise SystemExit(status)

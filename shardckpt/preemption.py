@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that ask a process to stop: handlers that only pass the word on."""
+"""Signals that ask a process to stop: handlers that only pass the word on.
+
+Launchers signal process groups, and cluster managers whatever is in the job, so the worker processes of data loaders get these
+signals too. They would die of it, and training with them, before there is a last checkpoint.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 
 from .errors import ConfigError
+
+_LOADER = "torch.utils.data._utils.worker"
 
 
 def check_signals(signals: Sequence[int]) -> None:
@@ -28,7 +36,8 @@ def check_signals(signals: Sequence[int]) -> None:
 class Signals:
     """Calls ``tell`` with the first signal that comes; those after it change nothing.
 
-    ``tell`` has to be fit for a signal handler. Whatever handled the signals before does so again after `restore`.
+    ``tell`` has to be fit for a signal handler. Whatever handled the signals before does so again after `restore`. Workers of
+    data loaders that are forked in between heed only their parent's.
     """
 
     def __init__(self, tell: Callable[[int], None]) -> None:
@@ -40,6 +49,8 @@ class Signals:
 
     def install(self, signals: Sequence[int]) -> None:
         """Handle these from now on; they have passed `check_signals`."""
+        if not self._previous:
+            multiprocessing.util.register_after_fork(self, Signals._shield_loader)
         for signum in signals:
             if signum not in self._previous:
                 # A handler that was set outside of Python is None, which cannot be set again.
@@ -62,3 +73,18 @@ class Signals:
         elif not self._told:
             self._told = True
             self._tell(signum)
+
+    def _shield_loader(self) -> None:
+        """In each process that `multiprocessing` forks off this one."""
+        target = getattr(multiprocessing.current_process(), "_target", None)
+        if not self._restored and getattr(target, "__module__", None) == _LOADER:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
+            threading.Thread(target=_obey, args=(os.getppid(), list(self._previous)), daemon=True).start()
+
+
+def _obey(parent: int, signals: Iterable[int]) -> None:
+    """Take signals that are blocked, and end the process when its parent terminates it, as torch's own handler does."""
+    while True:
+        taken = signal.sigwaitinfo(signals)
+        if taken.si_signo == signal.SIGTERM and taken.si_pid == parent:
+            os._exit(0)

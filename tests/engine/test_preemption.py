@@ -96,6 +96,28 @@ def test_a_forked_process_can_still_be_terminated() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == TERM
 
 
+def test_workers_of_data_loaders_die_of_their_parents_signals_only() -> None:
+    """In a process of its own, which then ends with a worker that still lives."""
+    script = (
+        "import os, signal, subprocess\n"
+        "from torch.utils.data import DataLoader\n"
+        "from shardckpt.preemption import Signals\n"
+        "signals = Signals(print)\n"
+        "signals.install([signal.SIGTERM, signal.SIGUSR1])\n"
+        "loaders = [DataLoader(list(range(50)), num_workers=1, persistent_workers=True) for _ in range(2)]\n"
+        "batches = [iter(loader) for loader in loaders]\n"
+        "workers = [found._workers[0] for found in batches]\n"
+        "for name in ('TERM', 'USR1'):\n"
+        "    subprocess.run(['sh', '-c', f'kill -{name} {workers[0].pid} {workers[1].pid}'], check=True)\n"
+        "print([sum(int(batch) for batch in found) for found in batches])\n"
+        "workers[0].terminate()\n"
+        "workers[0].join(30)\n"
+        "print(workers[0].exitcode, workers[1].exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=90, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1225, 1225]\n0 None\n", "")
+
+
 @pytest.mark.parametrize(
     ("signals", "message"),
     [
@@ -163,7 +185,7 @@ def test_steps_or_seconds(make: Callable[..., SavePolicy]) -> None:
         now += 1.0
         if policy.should_save(step):
             saved.append(step)
-            policy.save_began(DoneSave())
+            policy.saved(DoneSave())
     assert saved == [5, 9, 10, 14, 18, 20]
 
 
@@ -173,7 +195,7 @@ def test_a_signal_asks_for_one_save_and_then_ends_the_process(
     policy = make()
     policy.on_signal([TERM, USR1], None, True)
     assert not policy.should_save(1)
-    policy.leave()
+    policy.saved(DoneSave())
     for signum in (USR1, TERM, USR1):
         signal.raise_signal(signum)
     with caplog.at_level(logging.WARNING, "shardckpt"):
@@ -181,7 +203,7 @@ def test_a_signal_asks_for_one_save_and_then_ends_the_process(
     assert policy.preempted
     assert caplog.messages == [f"saving step 2: signal {int(USR1)} on rank 0"]
     with pytest.raises(SystemExit) as caught:
-        policy.leave()
+        policy.saved(DoneSave())
     assert caught.value.code == 128 + USR1
     assert not policy.should_save(3)
 
@@ -195,7 +217,7 @@ def test_a_process_that_leaves_is_deaf_to_further_signals(make: Callable[..., Sa
     policy.close()
     signal.raise_signal(USR1)
     with pytest.raises(SystemExit) as caught:
-        policy.leave()
+        policy.saved(DoneSave())
     assert caught.value.code == 7
 
 
@@ -205,7 +227,7 @@ def test_the_user_may_leave_in_a_way_of_his_own(make: Callable[..., SavePolicy])
     policy.on_signal([USR1], None, False)
     signal.raise_signal(USR1)
     assert [policy.should_save(step) for step in (1, 2, 3)] == [True, True, False]
-    policy.leave()
+    policy.saved(DoneSave())
     assert policy.preempted
     policy.close()
     assert signal.getsignal(USR1) == before

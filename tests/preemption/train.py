@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small training job for torchrun: ranks of unequal speed, data from another process, saves when `should_save` says so."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import shardckpt
+
+SAMPLES = 100_000
+
+
+def train(args: argparse.Namespace) -> None:
+    """Print what happens, one line each: ``restored``, ``rank 1 has pid 123``, ``step 7``, ``saved 7``."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    loader = DataLoader(TensorDataset(torch.randn(SAMPLES, 16)), num_workers=args.workers)
+    state = {"model": model, "optimizer": optimizer}
+    with shardckpt.Checkpointer(args.root, every_seconds=args.every_seconds) as ckpt:
+        ckpt.on_signal(signal.SIGTERM)
+        restored = ckpt.restore(state)
+        first = restored.step + 1 if restored else 1
+        print(f"rank {rank} begins at {first}, pid {os.getpid()}", flush=True)
+        for step, (batch,) in zip(range(first, args.steps + 1), loader, strict=False):
+            time.sleep(args.pause * (rank + 1))
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            if ckpt.should_save(step):
+                print(f"rank {rank} saves {step}", flush=True)
+                ckpt.save(step, state)
+            print(f"rank {rank} step {step}", flush=True)
+
+
+def main() -> None:
+    """Join the other ranks and train."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--steps", type=int, default=SAMPLES)
+    parser.add_argument("--pause", type=float, default=0.003)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--every-seconds", type=float)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        train(args)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
