@@ -14,6 +14,7 @@ from shardckpt import CheckpointError, ConfigError, __version__
 
 from .diff import diff
 from .digest import digest
+from .doctor import doctor
 from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
@@ -58,7 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 all is well; 1 a problem or a difference was found, or the command failed; 2 wrong usage.",
 )
-for command in (ls, show, verify, digest, diff, prune):
+for command in (ls, show, verify, digest, diff, prune, doctor):
     app.command()(command)
 
 app.add_typer(
@@ -86,7 +87,7 @@ def _options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and the license."),
     ] = False,
 ) -> None:
-    """Look at, verify, compare and prune checkpoints of shardckpt."""
+    """Look at, verify, compare and prune checkpoints of shardckpt, and check the machines that write them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

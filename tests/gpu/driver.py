@@ -167,4 +167,4 @@ class Cuda:
     def get_device_properties(self, index: int) -> Any:
         if self._error is not None:
             raise self._error
-        return SimpleNamespace(uuid=self.uuids[index])
+        return SimpleNamespace(uuid=self.uuids[index], name="NVIDIA H100 80GB HBM3", total_memory=80 * GIB)

@@ -38,7 +38,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("pipeline", {"targets", "saving", "handle", "progress", "background", "loading", "api"}),
     ("policy", {"pacing", "preemption", "policy", "checkpointer"}),
     ("the package", {""}),
-    ("measurement", {"bench"}),
+    ("measurement", {"bench", "doctor"}),
     ("command line", {"cli", "__main__"}),
 ]
 ROW_OF = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}

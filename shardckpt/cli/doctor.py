@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardckpt doctor``: whether this machine is fit to save quickly and safely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from .arguments import AsJson
+from .output import FOUND, print_json, print_table, say, size_text
+
+if TYPE_CHECKING:
+    from shardckpt.doctor import Diagnosis
+    from shardckpt.gpu import GPU
+
+_UNKNOWN = "-"
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, host memory, GPUs, their links and memory errors, and the speed of staging.
+
+    Run it where training will run: on each kind of node, in the container, with the same CPUs and GPUs. Takes a few seconds.
+    Each line that is not ok comes with what to do about it. The exit status is 1 when there is a problem.
+
+    --json: {ok, gpus: [{uuid, index, name, bus_id, numa_node, cpus, link, max_link, memory_total, memory_free,
+    uncorrected_errors}], checks: [{check, status, text, remedy, values}]}, with links as {generation, width}
+    """
+    from shardckpt.doctor import Machine, examine  # needs torch
+
+    report(examine(Machine()), as_json)
+
+
+def report(diagnosis: Diagnosis, as_json: bool) -> None:
+    """Print what was found; ends with status 1 when there is a problem."""
+    if as_json:
+        print_json({"ok": diagnosis.ok, "gpus": diagnosis.gpus, "checks": diagnosis.findings})
+    else:
+        _print(diagnosis)
+    if not diagnosis.ok:
+        raise typer.Exit(FOUND)
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    if diagnosis.gpus:
+        columns = ("gpu", "name", "numa", "cpus", "link now", "link best", "limit/s", "free", "memory", "errors")
+        numbers = ("numa", "limit/s", "free", "memory", "errors")
+        print_table(columns, [_row(gpu) for gpu in diagnosis.gpus], numbers=numbers)
+        say()
+    rows = [(finding.check, finding.status, finding.text) for finding in diagnosis.findings]
+    print_table(("check", "status", "value"), rows)
+    advice = [finding for finding in diagnosis.findings if finding.remedy]
+    if advice:
+        say()
+    for finding in advice:
+        say(f"{finding.check}: {finding.remedy}")
+
+
+def _row(gpu: GPU) -> tuple[str, ...]:
+    from shardckpt.doctor.gpus import ranges
+
+    limit = None if gpu.max_link is None else gpu.max_link.bytes_per_second
+    known = (
+        gpu.index,
+        gpu.name,
+        gpu.numa_node,
+        ranges(gpu.cpus) or None,
+        gpu.link,
+        gpu.max_link,
+        None if limit is None else size_text(int(limit)),
+        None if gpu.memory_free is None else size_text(gpu.memory_free),
+        None if gpu.memory_total is None else size_text(gpu.memory_total),
+        gpu.uncorrected_errors,
+    )
+    return tuple(_UNKNOWN if value is None else str(value) for value in known)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the host: versions, memory, and how fast it is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .._version import __version__
+from .finding import Finding, gigabytes
+from .machine import Machine
+
+_COPIED_BYTES = 256 << 20
+_LITTLE_MEMORY = 1 << 30
+_SLOW_COPY = 2e9
+"""Bytes per second; a core of any server of the last ten years copies three times as fast."""
+
+
+def check_versions(machine: Machine) -> Iterator[Finding]:
+    """Which software this is."""
+    built = "without CUDA" if machine.cuda_version is None else f"for CUDA {machine.cuda_version}"
+    driver = machine.nvml.driver
+    shown = "no NVIDIA driver" if driver is None else f"NVIDIA driver {driver}"
+    values = {"shardckpt": __version__, "torch": str(torch.__version__), "cuda": machine.cuda_version, "driver": driver}
+    yield Finding("versions", "ok", f"shardckpt {__version__}, torch {torch.__version__} {built}, {shown}", values=values)
+
+
+def check_memory(machine: Machine) -> Iterator[Finding]:
+    """Whether there is host memory to stage a state in."""
+    total, available = machine.total_memory, machine.available_memory()
+    values = {"total": total, "available": available}
+    if available is None:
+        yield Finding("host memory", "ok", f"{gigabytes(total)}; the system does not tell how much is free", values=values)
+    elif available < _LITTLE_MEMORY:
+        yield Finding(
+            "host memory",
+            "warning",
+            f"{gigabytes(available)} available of {gigabytes(total)}",
+            "asynchronous saves stage each rank's shard in host memory, and go chunk by chunk, holding training up, where "
+            "there is no room: give the job or container more memory, or start fewer data loader workers",
+            values,
+        )
+    else:
+        yield Finding("host memory", "ok", f"{gigabytes(available)} available of {gigabytes(total)}", values=values)
+
+
+def check_copying(machine: Machine) -> Iterator[Finding]:
+    """How fast a thread copies host memory, which is what staging takes without a GPU."""
+    available = machine.available_memory()
+    nbytes = _COPIED_BYTES if available is None else min(_COPIED_BYTES, available // 8)
+    nbytes -= nbytes % 4096
+    if not nbytes:
+        yield Finding("host copy", "warning", "not measured: there is no memory for it", "see host memory")
+        return
+    speed = machine.measure_copying(nbytes)
+    text, values = f"{gigabytes(speed)}/s by one thread", {"bytes_per_second": speed}
+    if speed < _SLOW_COPY:
+        remedy = "look for other work on these cores, a CPU quota (cpu.max of the container), or swapping (vmstat 1)"
+        yield Finding("host copy", "warning", text, remedy, values)
+    else:
+        yield Finding("host copy", "ok", text, values=values)
