@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 
@@ -62,10 +63,11 @@ class DeviceStaging:
         Returns at once, if the memory is page-locked. The copies see the values that the current streams lead to.
         """
         parts: defaultdict[torch.device, list[Part]] = defaultdict(list)
-        for part in data.parts(0, data.nbytes):
-            tensor = data.tensors[part.name]
-            if self.takes(tensor) and select(part.name):
-                parts[tensor.device].append(part)
+        taken = {name for name, tensor in data.tensors.items() if self.takes(tensor) and select(name)}
+        # whole, in as few copies as can be
+        for part in chain(*data.where.cut(max(1, data.nbytes))) if taken else ():
+            if part.name in taken:
+                parts[data.tensors[part.name].device].append(part)
         pending: list[PendingCopies] = []
         try:
             for device, chosen in parts.items():

@@ -91,7 +91,7 @@ class LiveSource(Source):
     def take(self, index: int) -> Iterator[memoryview]:
         start = index * self.chunk
         with self._pool.borrow() as buffer:
-            for part in self._data.parts(start, min(start + self.chunk, self.nbytes)):
+            for part in self._data.where.cut(self.chunk)[index]:
                 self._data.copy(part, buffer, part.offset - start)
             yield buffer.bytes
 

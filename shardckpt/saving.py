@@ -29,7 +29,7 @@ from .options import Options
 from .plan import Plan, make_plan
 from .replicas import replica_groups
 from .root import Root
-from .stage import FileData, wait_for_devices
+from .stage import FileData, FileMap, wait_for_devices
 from .state import Captured, capture
 from .store import Store
 from .tables import Described, encode_table, merge_tables, per_rank_shapes
@@ -59,8 +59,9 @@ class RankPlan:
 
     def __init__(self, plan: Plan, rank: int) -> None:
         self.plan = plan
-        self.pieces = plan.file_pieces(rank)
-        self.header = safetensors_header(self.pieces)
+        pieces = plan.file_pieces(rank)
+        self.where = FileMap(pieces)
+        self.header = safetensors_header(pieces)
         self.groups = replica_groups(plan, rank)
         self.chunk = chunk_size(plan.block_size)
         """Bytes that are staged and written in one go."""
@@ -100,7 +101,7 @@ class Prepared:
         self.notice = exchanged.notice
         """What rank 0 had to say to all."""
         self.plan = plan
-        self.data = FileData(plan.pieces, tensors)
+        self.data = FileData(plan.where, tensors)
         """What goes into this rank's file."""
         self._require_sound = require_sound
         self._prefix = prefix
@@ -132,7 +133,7 @@ class Prepared:
 
     def release(self) -> None:
         """Let go of the state's tensors, when nothing more is taken from them."""
-        self.data = FileData((), {})
+        self.data = FileData(FileMap(()), {})
 
     def describe(self, store: Store, digest: str) -> Saved:
         """The checkpoint that this has become, now that it is durable; logs it."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import queue
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,28 +126,48 @@ class Part:
     """First byte in the data region of the file."""
 
 
+class FileMap:
+    """Where the tensors of one rank lie in the data region of its file; the same for all saves of one plan."""
+
+    def __init__(self, pieces: Sequence[FilePiece]) -> None:
+        self.nbytes = pieces[-1].offset + pieces[-1].nbytes if pieces else 0
+        """Length of the region."""
+        self._pieces = pieces
+        self._cut: dict[int, tuple[tuple[Part, ...], ...]] = {}
+
+    def cut(self, chunk: int) -> tuple[tuple[Part, ...], ...]:
+        """What each chunk of ``chunk`` bytes (a multiple of all items' sizes) consists of, in order."""
+        known = self._cut.get(chunk)
+        if known is None:
+            chunks: list[list[Part]] = [[] for _ in range(0, self.nbytes, chunk)]
+            for piece in self._pieces:
+                for low in range(piece.offset - piece.offset % chunk, piece.offset + piece.nbytes, chunk):
+                    chunks[low // chunk].append(_part(piece, low, low + chunk))
+            known = self._cut[chunk] = tuple(map(tuple, chunks))
+        return known
+
+
+def _part(piece: FilePiece, start: int, stop: int) -> Part:
+    """What bytes ``[start, stop)`` of the region have of a piece."""
+    low, high = max(start, piece.offset), min(stop, piece.offset + piece.nbytes)
+    size = piece.tensor.itemsize
+    first = piece.local[0] + (low - piece.offset) // size
+    return Part(piece.tensor.name, first, first + (high - low) // size, low)
+
+
 class FileData:
     """The data region of one rank's file, as the plan cuts it out of the rank's tensors."""
 
-    def __init__(self, pieces: Sequence[FilePiece], tensors: Mapping[str, torch.Tensor]) -> None:
-        self.nbytes = pieces[-1].offset + pieces[-1].nbytes if pieces else 0
-        """Length in bytes."""
+    def __init__(self, where: FileMap, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.where = where
+        """What lies where."""
         self.tensors = tensors
         """This rank's local tensors by name."""
-        self._pieces = pieces
-        self._offsets = [piece.offset for piece in pieces]
 
-    def parts(self, start: int, stop: int) -> Iterator[Part]:
-        """What bytes ``[start, stop)`` of the region consist of, in order; both are multiples of the items' sizes."""
-        at = max(0, bisect_right(self._offsets, start) - 1)
-        while at < len(self._pieces) and self._pieces[at].offset < stop:
-            piece = self._pieces[at]
-            low, high = max(start, piece.offset), min(stop, piece.offset + piece.nbytes)
-            if low < high:
-                size = piece.tensor.itemsize
-                first = piece.local[0] + (low - piece.offset) // size
-                yield Part(piece.tensor.name, first, first + (high - low) // size, low)
-            at += 1
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.where.nbytes
 
     def copy(self, part: Part, buffer: Buffer, position: int) -> None:
         """Copy a part to byte ``position`` of ``buffer``."""

@@ -26,16 +26,6 @@ def everything(name: str) -> bool:
     return True
 
 
-def batches(data: FileData, chunk: int, select: Select = everything) -> list[Batch]:
-    """All parts of a file, of tensors whose name is selected, in batches of about ``chunk`` bytes."""
-    found: list[Batch] = []
-    for start in range(0, data.nbytes, chunk):
-        batch = [part for part in data.parts(start, min(start + chunk, data.nbytes)) if select(part.name)]
-        if batch:
-            found.append(batch)
-    return found
-
-
 def stage_through_ring(data: FileData, feed: Feed, sample: Callable[[], Samples], timings: Timings) -> None:
     """Copy chunk after chunk, each when the writer has made room for it. Returns when all is staged."""
     for index in range(feed.chunks):
@@ -43,7 +33,7 @@ def stage_through_ring(data: FileData, feed: Feed, sample: Callable[[], Samples]
         start = index * feed.chunk
         stop = min(start + feed.chunk, data.nbytes)
         with timings.measure("stage", stop - start):
-            for part in data.parts(start, stop):
+            for part in data.where.cut(feed.chunk)[index]:
                 data.copy(part, feed.memory, position + part.offset - start)
         feed.filled(index)
     feed.staged(sample(), timings.seconds)
@@ -66,9 +56,13 @@ def stage_at_once(
             copies.synchronize()
 
 
-def host_batches(data: FileData, chunk: int, devices: DeviceStaging, select: Select = everything) -> list[Batch]:
-    """Batches of the selected tensors that ``devices`` leave to threads."""
-    return batches(data, chunk, lambda name: select(name) and not devices.takes(data.tensors[name]))
+def host_batches(data: FileData, chunk: int, devices: DeviceStaging, select: Select = everything) -> Sequence[Batch]:
+    """The parts of the selected tensors that ``devices`` leave to threads, in batches of at most ``chunk`` bytes."""
+    names = {name for name, tensor in data.tensors.items() if select(name) and not devices.takes(tensor)}
+    if len(names) == len(data.tensors):
+        return data.where.cut(chunk)
+    chosen = ([part for part in parts if part.name in names] for parts in data.where.cut(chunk))
+    return [parts for parts in chosen if parts]
 
 
 class LazyStaging:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from shardckpt.staging import LazyStaging, host_batches, stage_at_once, stage_th
 from shardckpt.store import Store
 
 from .carrier import Carrier
+
+logger = logging.getLogger("shardckpt")
 
 
 class Background:
@@ -49,7 +54,10 @@ class Background:
         self._lazy_threads = lazy_threads
         self._devices = devices or DeviceStaging()
         self._gpus: dict[torch.device, GPU | None] = {}
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
         self._feed: Feed | None = None
         self._staging: LazyStaging | None = None
 
@@ -67,14 +75,13 @@ class Background:
         prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, self._carrier.notice)
         source = self._make_source(prepared, progress, state)
         self._feed, self._staging = source if isinstance(source, Feed) else None, None
-        args = (prepared, source, progress)
-        self._thread = threading.Thread(target=self._finish, args=args, name="shardckpt-save", daemon=True)
+        task = partial(self._finish, prepared, source, progress)
         if isinstance(source, Feed) and not source.is_ring:
             # first the copy, which training waits for
             self._stage(prepared, source, state, progress)
-            self._thread.start()
+            self._begin(task)
         else:
-            self._thread.start()
+            self._begin(task)
             if isinstance(source, Feed):
                 self._stage(prepared, source, state, progress)
 
@@ -87,17 +94,38 @@ class Background:
     @property
     def is_busy(self) -> bool:
         """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def wait(self) -> None:
         """Return when no save is under way; each has deadlines of its own."""
-        if self._thread is not None:
-            self._thread.join()
+        self._idle.wait()
 
     def close(self) -> None:
         """Give back memory and processes, when no save is under way."""
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join()
         self._devices.close()
         self._carrier.close()
+
+    def _begin(self, task: Callable[[], None]) -> None:
+        """Carry out ``task`` in the background; in one thread for all saves, as starting one waits until it runs."""
+        self._idle.clear()
+        self._tasks.put(task)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="shardckpt-save", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except Exception:
+                logger.exception("what follows a save failed")
+            finally:
+                # it refers to the state's plan, and to memory
+                del task
+                self._idle.set()
 
     def _make_source(self, prepared: Prepared, progress: Progress, state: Mapping[str, Any]) -> Source:
         data, chunk = prepared.data, prepared.plan.chunk
@@ -173,11 +201,12 @@ class Background:
         on_wait = progress.handle._add_stall
         self._staging = staging = LazyStaging(data, feed, later, copies, look, end, on_wait, progress.timings)
         STEP_GUARD.watch(staging)
-        staging.start(self._lazy_threads)
 
     def _finish(self, prepared: Prepared, source: Source, progress: Progress) -> None:
         outcome: Outcome
         try:
+            if self._staging is not None:
+                self._staging.start(self._lazy_threads)
             self._note(prepared.attempt, source, progress)
             digest = self._carrier.carry(prepared.make_job(), source, prepared.notice, progress.timings)
             outcome = prepared.describe(self._store, digest)

@@ -26,7 +26,7 @@ from shardckpt.manifest import rank_file_name
 from shardckpt.plan import Plan, PlannedTensor, make_plan
 from shardckpt.read import CheckpointFiles, Destination, read_into
 from shardckpt.reshard import Want, plan_reads
-from shardckpt.stage import FileData
+from shardckpt.stage import FileData, FileMap
 from shardckpt.store import Store
 from shardckpt.tables import Described, GlobalTensor, encode_table, merge_tables, per_rank_shapes
 from shardckpt.validate import Checkpoint, parse_manifest
@@ -136,7 +136,7 @@ class Simulated:
 def write_file(store: Store, name: str, plan: Plan, rank: int, tensors: Mapping[str, torch.Tensor], *, workers: int) -> Receipt:
     """One rank's file, straight from its tensors."""
     pieces = plan.file_pieces(rank)
-    source = LiveSource(FileData(pieces, tensors), chunk_size(plan.block_size), workers, dict)
+    source = LiveSource(FileData(FileMap(pieces), tensors), chunk_size(plan.block_size), workers, dict)
     header = safetensors_header(pieces)
     return write_rank_file(store, name, header, source, plan.block_size, workers=workers, timings=Timings())
 
