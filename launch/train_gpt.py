@@ -4,12 +4,14 @@
     torchrun --nproc-per-node 4 launch/train_gpt.py --root /tmp/run1
 
 Kill it at any moment and start it again, on 4 processes or on any other number that divides the batch: it goes
-on from the newest checkpoint with the same weights, optimizer state, learning rate and place in the data.
+on from the newest checkpoint with the same weights, optimizer state, learning rate and place in the data. A process
+that gets SIGTERM makes all of them save the step that they are in, and leave with status 143.
 """
 
 import argparse
 import math
 import os
+import signal
 import sysconfig
 import time
 from pathlib import Path
@@ -108,7 +110,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters, {windows.numel():,} bytes of text")
 
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampler": sampler, "rng": shardckpt.RNGState()}
-    with shardckpt.Checkpointer(args.root, keep_last=2) as ckpt:
+    with shardckpt.Checkpointer(args.root, keep_last=2, every_steps=args.save_every) as ckpt:
+        ckpt.on_signal(signal.SIGTERM)
         restored = ckpt.restore(state)
         if restored:
             report(f"restored step {restored.step}: {restored.info.bytes_read} bytes in {restored.info.seconds:.3f} s")
@@ -125,7 +128,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             scheduler.step()
             optimizer.zero_grad()
             report(f"step {step} loss {global_mean(loss.detach()):.6f} in {time.perf_counter() - begin:.3f} s")
-            if step % args.save_every == 0:
+            if ckpt.should_save(step):
                 saved = ckpt.save(step, state).result()
                 report(f"saved step {step}: {saved.bytes} bytes in {saved.seconds:.3f} s")
 

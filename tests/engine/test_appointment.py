@@ -9,6 +9,8 @@ import functools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,6 +202,21 @@ def test_closing_leaves_no_thread_behind() -> None:
         on_all(cluster.ranks, call_until_agreed)
         assert len(set(threading.enumerate()) - before) >= 6
     assert set(threading.enumerate()) - before == set()
+
+
+def test_a_process_that_forgets_to_close_ends_as_it_should() -> None:
+    script = (
+        "from shardckpt.appointment import Appointment, Peers\n"
+        "from shardckpt.wire import tcp_store\n"
+        "server = tcp_store('localhost', 0, 30, is_master=True)\n"
+        "dial = lambda: tcp_store('localhost', server.port, 30)\n"
+        "ranks = [Appointment(Peers(rank=rank, world_size=2, dial=dial)) for rank in range(2)]\n"
+        "ranks[1].request('every 60 s')\n"
+        "while not ranks[0].arrive(): pass\n"
+        "raise SystemExit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=90, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 # --- real ranks
