@@ -20,6 +20,7 @@ from .background.background import Background
 from .background.carrier import Carrier, ThreadCarrier
 from .background.process import ProcessCarrier
 from .coordinate import Coordinator
+from .device_staging import DeviceStaging
 from .errors import (
     CheckpointerClosed,
     CheckpointError,
@@ -96,7 +97,13 @@ class Checkpointer:
         carrier = _make_carrier(self._coordinator, self._store, self._options)
         local_ranks = self._coordinator.local_ranks
         self._background = Background(
-            self._saver, self._store, carrier, self._options, local_ranks, lazy_threads=self._LAZY_THREADS
+            self._saver,
+            self._store,
+            carrier,
+            self._options,
+            local_ranks,
+            lazy_threads=self._LAZY_THREADS,
+            devices=self._make_device_staging(),
         )
         self._journal = Journal(self._store) if self._coordinator.rank == 0 else None
         self._policy = SavePolicy(schedule, Peers.of(self._coordinator, self._options.timeout))
@@ -107,6 +114,11 @@ class Checkpointer:
             # once, and not for each save: the hooks of steps stay the same while training goes on
             STEP_GUARD.attach()
         _OPEN.add(self)
+
+    @staticmethod
+    def _make_device_staging() -> DeviceStaging:
+        """What copies from GPUs. Tests have GPUs that are not there."""
+        return DeviceStaging()
 
     @property
     def url(self) -> str:

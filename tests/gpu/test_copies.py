@@ -16,46 +16,10 @@ import torch
 from shardckpt.gpu.copies import DeviceCopier, PendingCopies
 from shardckpt.gpu.pinning import pin, unpin
 from shardckpt.stage import Buffer, gather
+from tests.gpu.streams import Lazy
 
 CPU = torch.device("cpu")
 KIB = 1 << 10
-
-
-class Lazy:
-    """A stream that does nothing until somebody waits, as a GPU may, and a mark in it."""
-
-    def __init__(self, memory: int = 1 << 40) -> None:
-        self.memory = memory
-        self.log: list[str] = []
-        self.work: list[Callable[[], Any]] = []
-        self.allocated = 0
-
-    def follow_current(self) -> None:
-        self.log.append("follow")
-
-    def enqueue(self, work: Callable[[], Any]) -> None:
-        self.log.append("to host" if "non_blocking" in getattr(work, "keywords", {}) else "gather")
-        self.work.append(work)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        if nbytes > self.memory:
-            raise torch.OutOfMemoryError(f"{nbytes} bytes of {self.memory}")
-        self.allocated += nbytes
-        return torch.full((nbytes,), 0xAA, dtype=torch.uint8)
-
-    def mark(self) -> Lazy:
-        self.log.append("mark")
-        return self
-
-    def wait_on_current_stream(self) -> None:
-        self.log.append("wait")
-
-    def synchronize(self) -> None:
-        while self.work:
-            self.work.pop(0)()
-
-    def is_reached(self) -> bool:
-        return not self.work
 
 
 def copier_on(stream: Lazy, scratch: int = 64 * KIB, small: int = 8 * KIB) -> DeviceCopier:
