@@ -108,8 +108,7 @@ def with_gpu(gpu: Gpu) -> type[shardckpt.Checkpointer]:
     class Injected(shardckpt.Checkpointer):
         @staticmethod
         def _make_device_staging() -> DeviceStaging:
-            return DeviceStaging(
-                torch.is_floating_point, lambda device: DeviceCopier(device, gpu, scratch=1 << 16, small=1 << 12)
-            )
+            # sizes small enough for both kinds of transfers
+            return DeviceStaging(torch.is_floating_point, lambda device: DeviceCopier(device, gpu, scratch=1 << 16, small=64))
 
     return Injected
