@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Generic, TypeAlias, TypeVar
@@ -15,6 +16,9 @@ from shardckpt.failure import Failure
 from shardckpt.feed import Failed, Filled, Staged, Written
 from shardckpt.finish import Job
 
+_LOOK_SECONDS = 2.0
+"""How often to look whether the other end is still there."""
+
 Snapshot: TypeAlias = dict[Phase, tuple[float, int]]
 
 
@@ -23,6 +27,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     url: str
     """Of the store."""
+    trainer: int
+    """Its process id."""
     rank: int
     world_size: int
     hosts: tuple[str, ...]
@@ -95,9 +101,15 @@ class Line(Generic[_Heard]):
         with self._lock, suppress(OSError):
             self._connection.send_bytes(data)
 
-    def receive(self) -> _Heard | Gone:
-        """The next message."""
+    def receive(self, is_there: Callable[[], bool] = lambda: True) -> _Heard | Gone:
+        """The next message; `Gone` when there is none, and ``is_there`` says that the other end has nobody to send one.
+
+        A process that the other end has forked may hold its socket open for longer than it lives itself.
+        """
         try:
+            while not self._connection.poll(_LOOK_SECONDS):
+                if not is_there():
+                    return Gone()
             data = self._connection.recv_bytes()
         except (EOFError, OSError):
             return Gone()

@@ -46,6 +46,7 @@ class ProcessCarrier(Carrier):
         self._coordinator = coordinator
         self._setup = Setup(
             url=store.url,
+            trainer=os.getpid(),
             rank=coordinator.rank,
             world_size=coordinator.world_size,
             hosts=coordinator.hosts,

@@ -47,7 +47,7 @@ class Worker:
     def run(self) -> None:
         """Follow the trainer's orders until it lets go."""
         self._listen()
-        while not isinstance(order := self._line.receive(), Stop | Gone):
+        while not isinstance(order := self._line.receive(self._has_trainer), Stop | Gone):
             if isinstance(order, Begin):
                 self._join()
                 self._begin(order)
@@ -57,6 +57,9 @@ class Worker:
             message = f"the trainer of rank {self._setup.rank} ended before it had staged its state"
             self._feed.hear(Failed(describe(BackgroundDied(message, rank=self._setup.rank))))
         self._join()
+
+    def _has_trainer(self) -> bool:
+        return os.getppid() == self._setup.trainer
 
     def _listen(self) -> None:
         """Make the store where all ranks will meet for the next save, on rank 0."""
