@@ -55,9 +55,11 @@ class Options:
     """Whether a save that storage or other ranks made fail ends training: ``warn`` logs the error, ``raise`` raises it, at the
     next call when it happened in the background. `SaveHandle.result` raises it always."""
     pin_memory: Literal["auto", "always", "never"] = "auto"
-    """Whether staged states lie in page-locked memory, which GPUs copy to faster: ``auto`` when there is a CUDA device."""
+    """Whether states are staged in page-locked memory, which GPUs copy to faster: ``auto`` for states that lie on one, and
+    without it where CUDA refuses; ``always`` needs a CUDA device, and fails the save where CUDA refuses."""
     on_memory_errors: Literal["refuse", "warn"] = "refuse"
-    """What a save does when this rank's GPU has had uncorrected memory errors since the last one: the state may be damaged."""
+    """What a save does when a GPU of its state has had memory errors that ECC could not correct, so that the state may be
+    damaged: raise `DeviceMemoryError` on all ranks until a good state is restored, or log a warning."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < 1e7:

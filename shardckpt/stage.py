@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from .errors import StateChanged
-from .layout import window_boxes
 from .plan import FilePiece
+from .ravel import copy_range, flat_bytes
 
 CHUNK = 4 << 20
 """Bytes that are staged, hashed and written in one go, unless a digest block is larger."""
@@ -73,12 +73,10 @@ class BufferPool:
 
 def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
     """The memory of a contiguous CPU tensor as a flat array of bytes, without a copy; None for any other tensor."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.device.type != "cpu":
         return None
-    # not reshape(-1): the stride of a single element may be anything, and a view as bytes needs 1
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return array
+    flat = flat_bytes(tensor)
+    return None if flat is None else flat.numpy()
 
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
@@ -104,12 +102,8 @@ def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position
     target = buffer.tensor[position:end].view(tensor.dtype)
     if tensor.is_contiguous():
         target.copy_(tensor.detach().reshape(-1)[start:stop])
-        return
-    at = 0
-    for offsets, sizes in window_boxes(tuple(tensor.shape), start, stop):
-        part = tensor.detach()[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
-        target[at : at + part.numel()].view(part.shape).copy_(part)
-        at += part.numel()
+    else:
+        copy_range(tensor, start, stop, target)
 
 
 @dataclass(frozen=True, slots=True)

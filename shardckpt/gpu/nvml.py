@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import torch
 
 logger = logging.getLogger("shardckpt")
@@ -99,7 +98,8 @@ def read_numa_node(bus_id: str) -> int | None:
 class Nvml:
     """The driver's management library. Never raises: a call that fails gives None, and one line in the log."""
 
-    def __init__(self, library: Any = pynvml, numa_node: Callable[[str], int | None] = read_numa_node) -> None:
+    def __init__(self, library: Any, numa_node: Callable[[str], int | None] = read_numa_node) -> None:
+        """``library`` is the module pynvml."""
         self._library = library
         self._numa_node = numa_node
         self._said: set[tuple[str, str]] = set()
@@ -238,7 +238,10 @@ class Nvml:
 @functools.cache
 def local_nvml() -> Nvml:
     """The driver's library of this machine, opened once per process and never closed: others in the process may use it."""
-    return Nvml()
+    # not above: it takes a while, and where there is no GPU nobody needs it
+    import pynvml
+
+    return Nvml(pynvml)
 
 
 def gpu_of(

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import shardckpt
 from shardckpt.errors import ConfigError
 from shardckpt.gpu.pinning import PinMemory, launch_kernel, pin, require_cuda, unpin, wants_pinning
 from shardckpt.hostmemory import HostMemory
@@ -137,6 +139,12 @@ def test_a_machine_with_a_device_is_fine() -> None:
 def test_always_is_refused_here() -> None:
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         wants_pinning("always", [CPU])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_checkpointer_refuses_always_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pin_memory='always' needs a CUDA device"):
+        shardckpt.Checkpointer(tmp_path, options=shardckpt.Options(pin_memory="always"))
 
 
 # ---- memory for staging

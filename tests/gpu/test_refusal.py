@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
+import shardckpt
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import DeviceMemoryError
 from shardckpt.gpu import MemoryErrorGuard
@@ -22,9 +24,14 @@ class Looks(MemoryErrorGuard):
     """Finds errors at the looks with these numbers."""
 
     def __init__(self, *bad: int) -> None:
+        self.starts = 0
         super().__init__()
         self.bad = bad
         self.seen: list[tuple[int, str, set[torch.device]]] = []
+
+    def start_anew(self) -> None:
+        super().start_anew()
+        self.starts += 1
 
     def require_sound(self, rank: int, policy: Literal["refuse", "warn"], devices: Iterable[torch.device]) -> None:
         self.seen.append((rank, policy, set(devices)))
@@ -55,3 +62,15 @@ def test_nothing_is_committed_of_what_may_be_damaged(bad: int) -> None:
     assert not store.list()
     save(Looks(), store)
     assert Root(store).steps() == [1]
+
+
+def test_a_restore_ends_a_refusal_unless_it_leaves_something_out(tmp_path: Path) -> None:
+    state = {"t": torch.ones(3), "n": 1}
+    with shardckpt.Checkpointer(tmp_path) as ckpt:
+        ckpt._saver.memory_errors = guard = Looks()
+        assert ckpt.restore(state) is None
+        ckpt.save(1, state, wait=True)
+        ckpt.restore(state, keys=["t"])
+        assert guard.starts == 1
+        ckpt.restore(state)
+        assert guard.starts == 2
