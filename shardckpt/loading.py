@@ -21,6 +21,7 @@ from .describe import LocalTensor
 from .errors import MissingNames
 from .events import Sink, Timings
 from .exchange import Statement, exchange
+from .guard import STEP_GUARD
 from .layout import FlatLayout
 from .options import Options
 from .read import CheckpointFiles, Destination, read_into
@@ -136,6 +137,9 @@ class Load:
 
     def run(self, state: Mapping[str, Any] | None) -> Restored:
         """Load into ``state`` in place, or, when it is None, into a new state of plain CPU tensors."""
+        if state is not None:
+            # a save of the same tensors may still be copying them
+            STEP_GUARD.wait()
         with self._files:
             return self._run(state)
 
