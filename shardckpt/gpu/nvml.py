@@ -168,14 +168,12 @@ class Nvml:
         whole = self._whole(uuid, handle)
         kind = (self._library.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._library.NVML_VOLATILE_ECC)
         yield functools.partial(self._ask, "nvmlDeviceGetTotalEccErrors", whole, *kind)
+        places = (self._library.NVML_MEMORY_LOCATION_DEVICE_MEMORY, self._library.NVML_MEMORY_LOCATION_SRAM)
         for device in (whole, handle):
-            yield functools.partial(self._sum_of_counters, device, kind)
-
-    def _sum_of_counters(self, handle: Any, kind: tuple[int, int]) -> int | None:
-        library = self._library
-        places = (library.NVML_MEMORY_LOCATION_DEVICE_MEMORY, library.NVML_MEMORY_LOCATION_SRAM)
-        counts = [self._ask("nvmlDeviceGetMemoryErrorCounter", handle, *kind, place) for place in places]
-        return None if all(count is None for count in counts) else sum(count or 0 for count in counts)
+            counters = [
+                functools.partial(self._ask, "nvmlDeviceGetMemoryErrorCounter", device, *kind, place) for place in places
+            ]
+            yield functools.partial(_add_up, [counter for counter in counters if counter() is not None])
 
     def _handle(self, uuid: str) -> Any:
         """None for a UUID that the driver does not know, which is no news: it may be one of several spellings."""
@@ -233,6 +231,12 @@ class Nvml:
         if (function, reason) not in self._said:
             self._said.add((function, reason))
             logger.info("%s: %s; what it would tell of GPUs is left out", function, reason)
+
+
+def _add_up(counters: Sequence[Callable[[], int | None]]) -> int | None:
+    """The sum; None unless all of them tell, as a part of them is no count to compare with."""
+    counts = [count for counter in counters if (count := counter()) is not None]
+    return sum(counts) if counts and len(counts) == len(counters) else None
 
 
 @functools.cache

@@ -157,6 +157,15 @@ def test_memories_are_asked_one_by_one_where_there_is_no_total() -> None:
     assert nvml_of(Driver(card)).uncorrected_errors(f"GPU-{A}") == 5
 
 
+def test_a_count_without_one_of_its_parts_is_none() -> None:
+    at = {pynvml.NVML_MEMORY_LOCATION_DEVICE_MEMORY: 2, pynvml.NVML_MEMORY_LOCATION_SRAM: 3}
+    card = Card(f"GPU-{A}", refuses={"nvmlDeviceGetTotalEccErrors": NOT_SUPPORTED}, at=at)
+    nvml = nvml_of(Driver(card))
+    assert nvml.uncorrected_errors(f"GPU-{A}") == 5
+    del at[pynvml.NVML_MEMORY_LOCATION_SRAM]
+    assert nvml.uncorrected_errors(f"GPU-{A}") is None
+
+
 def test_counts_keep_coming_from_the_counter_that_worked_first() -> None:
     card = Card(f"GPU-{A}", errors=7, at={pynvml.NVML_MEMORY_LOCATION_SRAM: 1})
     nvml = nvml_of(Driver(card))
