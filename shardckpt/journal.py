@@ -21,7 +21,6 @@ import msgspec
 
 from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, MissingFile, NotACheckpointRoot
 from .manifest import step_directory
-from .root import Root, commit_times
 from .store import Store, is_temporary
 
 logger = logging.getLogger("shardckpt")
@@ -83,11 +82,11 @@ class Journal:
         self._mark(step, attempt, "requested")
 
     def staged(self, step: int, attempt: str) -> None:
-        """Mark that all ranks have their part of the state in host memory."""
+        """Mark that rank 0 has its part of the state in host memory."""
         self._mark(step, attempt, "staged")
 
     def durable(self, step: int, attempt: str) -> None:
-        """Remove the markers of a save that is committed, and those that are outdated by now."""
+        """Remove the markers of a save that is committed, and those that are outdated by now, such as a killed run's."""
         with self._logged(step, attempt, "durable"):
             self._sweep({step: self._clock()})
 
@@ -103,13 +102,6 @@ class Journal:
             self._mark(step, attempt, "failed", msgspec.json.encode(failure))
             with self._logged(step, attempt, "failed"):
                 self._sweep({}, [_marker(step, attempt, "requested"), _marker(step, attempt, "staged")])
-
-    def clean(self) -> None:
-        """Remove all that is outdated: what earlier runs have left behind."""
-        try:
-            self._sweep(commit_times(Root(self._store).scan()))
-        except Exception as error:
-            logger.warning("could not clean %s/%s: %s", self._store.url, DIRECTORY, error)
 
     def entries(self) -> list[JournalEntry]:
         """One entry for each attempt, the latest last. Raises `StoreError`; markers that cannot be read are logged."""

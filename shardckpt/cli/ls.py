@@ -13,8 +13,8 @@ from .output import age_text, print_json, print_table, say, size_text
 def ls(root: RootPlace, as_json: AsJson = False) -> None:
     """List the steps of a root: state, size, world size, age.
 
-    A save that is under way is requested until all ranks have copied their part of the state to host memory, and then staged
-    until it is committed. One that failed is listed with its error until its step or a newer one is committed. A step is
+    A save that is under way is requested until rank 0 has copied its part of the state to host memory, and then staged until
+    it is committed. One that failed is listed with its error until its step or a newer one is committed. A step is
     incomplete that has no manifest and no save that tells of itself: most likely, its save was killed.
 
     --json: {path, steps: [{name, step, state, world_size, files, bytes, created, modified, problem}]}

@@ -21,7 +21,7 @@ from shardckpt.errors import AlreadyCommitted, NotACheckpointRoot, StorageFull, 
 from shardckpt.journal import KEPT_FAILURES, LOST_SECONDS, SILENT_SECONDS, Journal, JournalEntry, outdated
 from shardckpt.manifest import MANIFEST_NAME, step_directory
 from shardckpt.options import Retention
-from shardckpt.root import Root
+from shardckpt.root import Root, commit_times
 from shardckpt.store import Entry, FileReader, FileWriter, LocalStore, MemoryStore, Store
 from tests.store.faults import FaultyFileSystem, Killed, WithoutLinks
 from tests.store.helpers import names
@@ -47,6 +47,13 @@ def on_memory() -> tuple[Clock, MemoryStore, Journal]:
 
 def commit(store: Store, step: int) -> None:
     store.put_if_absent(f"{step_directory(step)}/{MANIFEST_NAME}", b"{}")
+
+
+def clean(store: Store, now: float) -> None:
+    """Remove all that is outdated, as prune does."""
+    for entry in outdated(Journal(store).entries(), commit_times(Root(store).scan()), now):
+        for name in entry.names:
+            store.delete(name)
 
 
 def told(journal: Journal) -> list[tuple[int, str, str]]:
@@ -107,7 +114,7 @@ def test_saves_of_others_are_left_alone(store: Store) -> None:
     journal.durable(42, A)
     journal.staged(43, A)
     journal.failed(43, A, StoreError("no"))
-    journal.clean()
+    clean(store, time.time())
     assert sorted(told(other)) == [(5, B, "requested"), (43, A, "failed"), (90, C, "staged")]
 
 
@@ -148,11 +155,11 @@ def test_a_save_costs_two_puts_a_listing_and_two_deletes_at_most() -> None:
 
 
 def test_a_failure_is_told_of_until_its_step_or_a_newer_one_is_committed() -> None:
-    clock, _, journal = on_memory()
+    clock, store, journal = on_memory()
     journal.failed(10, A, StoreError("no"))
     clock.now += LOST_SECONDS * 100
     journal.durable(9, B)
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == [(10, A, "failed")]
     journal.durable(10, B)
     assert told(journal) == []
@@ -166,7 +173,7 @@ def test_a_failure_is_not_made_good_by_what_was_committed_before() -> None:
     commit(store, 1000)
     clock.now += 1
     journal.failed(600, A, StoreError("no"))
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == [(600, A, "failed")]
 
 
@@ -181,13 +188,13 @@ def test_the_newest_failures_are_kept() -> None:
 
 
 def test_only_the_newest_failures_are_read() -> None:
-    _, store, journal = on_memory()
+    clock, store, journal = on_memory()
     for step in range(KEPT_FAILURES + 30):
         store.put_if_absent(f".saves/{step_directory(step)}-{A}.failed", b'{"error":"E","message":"m"}')
     counted = Failing(store)
     assert len(Journal(counted).entries()) == KEPT_FAILURES + 30
     assert counted.calls.count("open") == KEPT_FAILURES
-    journal.clean()
+    clean(store, clock.now)
     assert len(journal.entries()) == KEPT_FAILURES
 
 
@@ -223,10 +230,10 @@ def test_a_killed_save_is_given_up_when_it_is_silent_and_another_was_begun_since
     clock, store, journal = on_memory()
     journal.staged(42, A)
     clock.now += SILENT_SECONDS + 1
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == [(42, A, "staged")], "nothing came after it: it may only be slow"
     journal.staged(40, B)
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == [(40, B, "staged")]
     assert names(store) == [f".saves/step-00000040-{B}.staged"]
 
@@ -247,18 +254,18 @@ def test_a_killed_save_is_given_up_in_any_case_after_a_day() -> None:
     clock, store, journal = on_memory()
     journal.requested(42, A)
     clock.now += LOST_SECONDS - 1
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == [(42, A, "requested")]
     clock.now += 2
-    journal.clean()
+    clean(store, clock.now)
     assert names(store) == []
 
 
 def test_a_save_that_was_killed_after_its_commit_is_known_by_the_manifest() -> None:
-    _, store, journal = on_memory()
+    clock, store, journal = on_memory()
     journal.staged(42, A)
     commit(store, 42)
-    journal.clean()
+    clean(store, clock.now)
     assert told(journal) == []
 
 
@@ -270,7 +277,7 @@ def test_a_put_that_was_killed_counts_as_a_request_and_is_cleaned_up() -> None:
     store.put_if_absent(f".saves/step-00000042-{A}.staged.claim.tmp", b"")
     assert told(journal) == [(41, A, "requested"), (42, A, "requested")]
     clock.now += 2 * LOST_SECONDS
-    journal.clean()
+    clean(store, clock.now)
     assert names(store) == []
 
 
@@ -302,7 +309,6 @@ def test_other_files_are_ignored_with_one_warning(name: str, caplog: pytest.LogC
     journal.staged(1, B)
     assert told(journal) == [(1, B, "staged")]
     journal.durable(1, B)
-    journal.clean()
     assert names(store) == [f".saves/{name}", ".saves/zzz"]
     assert [record.message for record in caplog.records] == [
         f"{store.url} holds {f'.saves/{name}'!r}, which is ignored, as are others like it: it is no marker"
@@ -396,12 +402,11 @@ MARKING: list[Callable[[Journal], None]] = [
     lambda journal: journal.staged(1, A),
     lambda journal: journal.durable(1, A),
     lambda journal: journal.failed(1, A, StoreError("no")),
-    lambda journal: journal.clean(),
 ]
 
 
 @pytest.mark.parametrize("error", [StoreError("the storage is gone"), OSError(errno.EIO, "the storage is gone"), MemoryError()])
-@pytest.mark.parametrize("operation", ["put_if_absent", "list", "delete", "open"])
+@pytest.mark.parametrize("operation", ["put_if_absent", "list", "delete"])
 def test_a_storage_that_fails_is_logged(operation: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     clock, store, journal = on_memory()
     journal.staged(1, A)
@@ -468,7 +473,7 @@ def test_any_history_of_two_runs(history: list[tuple[str, int, int, float]]) -> 
     for number, (event, run, step, pause) in enumerate(history):
         clock.now += pause
         if event == "clean":
-            journal.clean()
+            clean(store, clock.now)
         elif run not in alive:
             if event in ("requested", "staged"):
                 alive[run], since[run] = (step, f"{number:016x}", event), clock.now
@@ -490,7 +495,7 @@ def test_any_history_of_two_runs(history: list[tuple[str, int, int, float]]) -> 
         there, committed = told(journal), Root(store).steps()
         for other, save in alive.items():
             assert save in there or save[0] in committed or clock.now - since[other] > SILENT_SECONDS
-    journal.clean()
+    clean(store, clock.now)
     assert all(state == "failed" or step not in Root(store).steps() for step, _, state in told(journal))
     clock.now += LOST_SECONDS + 1
     journal.durable(10, C)
