@@ -44,7 +44,7 @@ class Diagnosis:
 
 
 def examine(machine: Machine) -> Diagnosis:
-    """Run all checks. Takes a few seconds, 512 MiB of host memory, and 288 MiB of each GPU's."""
+    """Run all checks. Takes a few seconds, 512 MiB of host memory, and 256 MiB of each GPU's."""
     return Diagnosis(tuple(machine.gpus), tuple(finding for check in CHECKS for finding in check(machine)))
 
 

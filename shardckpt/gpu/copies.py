@@ -32,9 +32,6 @@ class Mark(Protocol):
     def synchronize(self) -> None:
         """Return when this point is reached."""
 
-    def is_reached(self) -> bool:
-        """Whether it is reached."""
-
 
 class Streams(Protocol):
     """A stream of work beside the current one."""
@@ -94,9 +91,6 @@ class CudaMark:
     def synchronize(self) -> None:
         self._event.synchronize()
 
-    def is_reached(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
-
 
 class PendingCopies:
     """Copies that have been asked for and may still be under way. Keeps their sources alive until they are known to be done."""
@@ -113,10 +107,6 @@ class PendingCopies:
         """Return when everything is in host memory. Raises `RuntimeError` when the GPU has failed."""
         self._mark.synchronize()
         self._sources.clear()
-
-    def are_done(self) -> bool:
-        """Whether everything is in host memory. Raises `RuntimeError` when the GPU has failed."""
-        return self._mark.is_reached()
 
 
 class DeviceCopier:

@@ -48,9 +48,6 @@ class Lazy:
         while self.work:
             self.work.pop(0)()
 
-    def is_reached(self) -> bool:
-        return not self.work
-
 
 class Gpu(Lazy):
     """A GPU at its slowest: nothing is copied before training goes on to change it, or asks for it.
@@ -89,9 +86,6 @@ class Mark:
             raise TimeoutError("training never went on")
         if self._gpu.broken is not None:
             raise self._gpu.broken
-
-    def is_reached(self) -> bool:
-        return self._reached.is_set()
 
     def _do(self) -> None:
         with self._lock:

@@ -188,18 +188,6 @@ def test_memory_of_sources_lives_until_the_copies_are_known_to_be_done(is_stride
     assert alive() is None
 
 
-def test_copies_that_are_under_way_are_not_done() -> None:
-    copier = copier_on(Lazy())
-    image = torch.empty(12, dtype=torch.uint8)
-    copier.begin()
-    copier.copy(torch.ones(3), 0, 3, image, 0)
-    pending = copier.finish()
-    assert not pending.are_done()
-    pending.synchronize()
-    assert pending.are_done()
-    assert image.view(torch.float32).tolist() == [1.0] * 3
-
-
 def test_copies_take_values_no_earlier_than_the_stream_gets_to_them() -> None:
     """What makes waiting necessary, and the test of exactness below one that can fail."""
     stream = Lazy()
