@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that is disturbed by saves, on one rank: contestants take turns, and what they saved is checked after each turn.
 
-A turn is: steps without any checkpoints, which are what the turn is compared with; one save that nothing is concluded from,
-because processes are started and memory is touched for the first time; then cycles of one save, a number of steps, and as many
-more as it takes until the save is durable on all ranks. At the end each checkpoint is loaded, and compared bit for bit with
-what the state was when its save was called. Garbage is collected and the file system is at rest before each save.
+A turn is: steps without any checkpoints, which are what the turn is compared with; one save without training, which tells of
+memory only, because processes are started and memory is touched for the first time; then cycles of one save, a number of steps,
+and as many more as it takes until the save is durable on all ranks. At the end each checkpoint is loaded, and compared bit for
+bit with what the state was when its save was called. Garbage is collected and the file system is at rest before each save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .async_contestants import NOBODY, Entrant, Flight, Saver, choose
 from .copying import plain_copies
 from .disk import empty
 from .launch import OnProgress, Progress
-from .memory import MemoryWatch
+from .memory import MemoryWatch, give_back_free_memory, memory_now
 from .shapes import GPTShape
 from .training import Training
 
@@ -47,7 +47,7 @@ class AsyncJob:
     saves: int
     """Saves of a turn that count."""
     steps: int
-    """Training steps for each save, at least, and before the first one."""
+    """Training steps for each save, at least; twice as many before the first one."""
     samples: int
     """Rows of tokens per rank and step."""
     contestants: Sequence[str]
@@ -81,7 +81,7 @@ class Turn:
     cycles: list[Cycle] = field(default_factory=list)
     """The saves, of which the first one does not count."""
     memory: int = 0
-    """Most bytes that a rank and its child processes held, beyond what it held when the contestant came."""
+    """Most bytes that a rank and its child processes held in the first save and after the last one, beyond those before."""
     checked: int = 0
     """Checkpoints that were loaded and compared."""
     wrong: list[str] = field(default_factory=list)
@@ -144,14 +144,19 @@ class AsyncContest:
         folder = os.path.join(self._job.folder, entrant.name)
         self._on_one_rank(lambda: os.makedirs(folder, exist_ok=True))
         self._rest()
-        turn = Turn(contestant=entrant.name, alone=tuple(_slowest([self._train() for _ in range(self._job.steps)])))
+        turn = Turn(contestant=entrant.name, alone=tuple(_slowest([self._train() for _ in range(2 * self._job.steps)])))
+        self._rest()
+        before = memory_now()
         saver: Saver | None = None
         try:
-            with MemoryWatch(os.getpid()) as watch:
+            with MemoryWatch() as watch:
                 with _all_or_none():
                     saver = entrant.open(folder, self._training)
-                snapshots = [self._save(saver, number, turn) for number in range(1 + self._job.saves)]
-            turn.memory = int(_slowest([watch.peak - watch.before])[0])
+                snapshots = [self._save(saver, 0, turn, beside=0)]
+            for number in range(1, 1 + self._job.saves):
+                snapshots.append(self._save(saver, number, turn, beside=self._job.steps))
+            self._rest()
+            turn.memory = int(_slowest([max(watch.peak, memory_now()) - before])[0])
             if entrant.side != NOBODY:
                 for number, snapshot in enumerate(snapshots):
                     self._check(saver, number, snapshot, turn)
@@ -168,8 +173,8 @@ class AsyncContest:
         self._training.step()
         return perf_counter() - begun
 
-    def _save(self, saver: Saver, number: int, turn: Turn) -> dict[str, int]:
-        """Save once, and train until that is durable; returns digests of the state as of the call."""
+    def _save(self, saver: Saver, number: int, turn: Turn, *, beside: int) -> dict[str, int]:
+        """Save, take ``beside`` steps and more until that is durable, or none for 0; returns digests as of the call."""
         snapshot = self._training.digests()
         self._rest()
         waited = 0.0
@@ -186,7 +191,7 @@ class AsyncContest:
             flight.before_update()
             waited += perf_counter() - before
 
-        while len(steps) < self._job.steps or _sum(not lookout.is_over):
+        while len(steps) < beside or (beside and _sum(not lookout.is_over)):
             self._training.step(before_update)
             steps.append(perf_counter() - last)
             last += steps[-1]
@@ -211,8 +216,9 @@ class AsyncContest:
     # ---- what all ranks do together
 
     def _rest(self) -> None:
-        """Begin what is timed with nothing left to do for the garbage collector and the file system."""
+        """Begin what is measured with nothing left to do for the garbage collector and the file system."""
         gc.collect()
+        give_back_free_memory()
         self._on_one_rank(os.sync)
 
     def _on_one_rank(self, action: Callable[[], None]) -> None:

@@ -54,7 +54,7 @@ class AsyncLine:
     times_blocking: float | None = None
     """That divided by the median time of a blocking save."""
     memory_bytes: int | None = None
-    """Most memory of a rank and its child processes at any time, beyond the same of training without saves."""
+    """Most that a rank and its child processes held while they saved, beyond what they held before, without training."""
     times_shard: float | None = None
     """That divided by the bytes that a rank saves."""
     checked: int = 0
@@ -112,7 +112,6 @@ def summarize_async(
     scales = _Scales(
         copy=median(copies),
         shard=outcome.shard,
-        memory=median([turn.memory for turn in turns[NOBODY]]) if turns.get(NOBODY) else None,
         blocking={e.side: _middle(turns[e.name], _durable) for e in entrants if e.blocking},
     )
     lines = [_summarize(entrant, turns[entrant.name], scales) for entrant in entrants]
@@ -134,7 +133,6 @@ class _Scales:
 
     copy: float
     shard: int
-    memory: float | None
     blocking: dict[str, float | None]
 
 
@@ -150,11 +148,13 @@ def _summarize(entrant: Entrant, turns: Sequence[Turn], scales: _Scales) -> Asyn
         loss=loss,
         problem=next((turn.problem for turn in turns if turn.problem), ""),
     )
-    if entrant.side == NOBODY or not ended:
+    if not ended:
         return line
+    memory = int(median([turn.memory for turn in ended]))
+    if entrant.side == NOBODY:
+        return replace(line, memory_bytes=memory)
     stalls = tuple(cycle.stall for turn in ended for cycle in turn.cycles[1:])
     durable = _middle(ended, _durable)
-    memory = None if scales.memory is None else median([turn.memory for turn in ended]) - scales.memory
     return replace(
         line,
         stalls=stalls,
@@ -166,8 +166,8 @@ def _summarize(entrant: Entrant, turns: Sequence[Turn], scales: _Scales) -> Asyn
         lost_s=_middle(ended, _lost),
         durable_s=durable,
         times_blocking=_ratio(durable, scales.blocking.get(entrant.side)),
-        memory_bytes=None if memory is None else int(memory),
-        times_shard=_ratio(memory, scales.shard),
+        memory_bytes=memory,
+        times_shard=memory / scales.shard,
         checked=sum(turn.checked for turn in ended),
         wrong=tuple(wrong for turn in ended for wrong in turn.wrong),
     )

@@ -72,15 +72,15 @@ class ReshardSpec(SaveSpec):
 class AsyncSpec(SaveSpec):
     """Training, and saves beside it."""
 
-    nbytes: int = 240_000_000
+    nbytes: int = 200_000_000
     """Size of the state of all ranks together."""
     rounds: int = 2
     """Times that each contestant takes its turn."""
     saves: int = 3
     """Saves of a turn; one more comes before them and does not count."""
     steps: int = 3
-    """Training steps for each save; more are taken while it is not durable."""
-    samples: int = 2
+    """Training steps for each save; more are taken while it is not durable, and twice as many before the first one."""
+    samples: int = 1
     """Rows of tokens that each rank trains on in a step."""
     contestants: Sequence[str] = ()
     """Patterns of names, such as ``dcp-*``; none for all."""

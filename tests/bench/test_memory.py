@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shardckpt.bench.copying import plain_copies
-from shardckpt.bench.memory import MemoryWatch, family_of, memory_of
+from shardckpt.bench.memory import MemoryWatch, family_of, give_back_free_memory, memory_now, memory_of
 
 MIB = 1 << 20
 
@@ -62,13 +62,22 @@ def test_who_is_gone_has_no_memory() -> None:
 
 
 def test_a_watch_sees_the_peak() -> None:
-    with MemoryWatch(os.getpid()) as watch:
+    before = memory_now()
+    with MemoryWatch() as watch:
         kept = bytearray(b"1" * (48 * MIB))
-        while watch.peak < watch.before + 40 * MIB:
+        while watch.peak < before + 40 * MIB:
             kept[0] ^= 1
         del kept
         peak = watch.peak
     assert watch.peak >= peak
+
+
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    kept = [torch.zeros(MIB // 64, dtype=torch.uint8) for _ in range(64 * 64)]
+    full = memory_now()
+    del kept
+    give_back_free_memory()
+    assert memory_now() < full - 48 * MIB
 
 
 def test_plain_copies_copy() -> None:
