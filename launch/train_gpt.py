@@ -101,6 +101,13 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
+def report_save(handle: shardckpt.SaveHandle) -> None:
+    """Print what a save that is over has cost. One that failed is in the log; training goes on, and so will the next one."""
+    if handle.error is None:
+        saved = handle.result()
+        report(f"saved step {saved.step}: {saved.bytes} bytes in {saved.seconds:.3f} s, stalled for {handle.stall:.3f} s")
+
+
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train from the newest checkpoint in ``args.root``, or from the start, to ``args.steps``."""
     model, optimizer, scheduler = build(args.seed, args.steps, device)
@@ -118,6 +125,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             if args.copy_to:
                 shardckpt.save(args.copy_to, state)
         first = restored.step + 1 if restored else 1
+        handle = None
         for step, (batch,) in zip(range(first, args.steps + 1), sampler.track(loader, repeat=True), strict=False):
             begin = time.perf_counter()
             tokens = batch.to(device, torch.long)
@@ -128,9 +136,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             scheduler.step()
             optimizer.zero_grad()
             report(f"step {step} loss {global_mean(loss.detach()):.6f} in {time.perf_counter() - begin:.3f} s")
+            if handle and handle.done():
+                report_save(handle)
+                handle = None
             if ckpt.should_save(step):
-                saved = ckpt.save(step, state).result()
-                report(f"saved step {step}: {saved.bytes} bytes in {saved.seconds:.3f} s")
+                handle = ckpt.save(step, state)
+        if handle:
+            ckpt.wait()
+            report_save(handle)
 
 
 def main() -> None:
