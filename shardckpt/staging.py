@@ -138,14 +138,18 @@ class LazyStaging:
     def _help(self) -> None:
         """Copy what nobody copies yet; the thread that ends the last copy settles the rest."""
         while (batch := self._claim()) is not None:
-            error: BaseException | None = None
             try:
                 with self._timings.measure("stage", 0):
                     for part in batch:
                         self._data.copy(part, self._feed.memory, part.offset)
-            except BaseException as caught:
-                error = caught
-            self._release(error)
+            except BaseException as error:
+                with self._changed:
+                    self._batches.clear()
+                self._give_up(error)
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                self._settle_if_last()
 
     def _claim(self) -> Batch | None:
         with self._changed:
@@ -153,14 +157,6 @@ class LazyStaging:
                 return None
             self._busy += 1
             return self._batches.pop()
-
-    def _release(self, error: BaseException | None) -> None:
-        with self._changed:
-            self._busy -= 1
-            if error is not None:
-                self._batches.clear()
-                self._feed.fail(error)
-        self._settle_if_last()
 
     def _settle_if_last(self) -> None:
         with self._changed:
@@ -173,18 +169,28 @@ class LazyStaging:
 
     def _settle(self) -> None:
         """Wait for copies from GPUs and for batches; then everything is copied."""
-        with self._timings.measure("stage", 0):
-            self._try(self._copies.synchronize)
-        self._batches_over.wait()
-        self._try(self._look)
-        self._try(self._end)
-        self._over.set()
+        try:
+            with self._timings.measure("stage", 0):
+                self._try(self._copies.synchronize)
+            self._batches_over.wait()
+            self._try(self._look)
+        finally:
+            try:
+                self._try(self._end)
+            finally:
+                self._over.set()
 
     def _try(self, function: Callable[[], None]) -> None:
         try:
             function()
         except BaseException as error:
-            self._feed.fail(error)
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._feed.fail(error)
+        if not isinstance(error, Exception):
+            # Ctrl-C, or another end that was meant for the training that helps here
+            raise error
 
 
 def once(function: Callable[[], None]) -> Callable[[], None]:
