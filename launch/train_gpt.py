@@ -141,9 +141,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 handle = None
             if ckpt.should_save(step):
                 handle = ckpt.save(step, state)
-        if handle:
-            ckpt.wait()
-            report_save(handle)
+    if handle:
+        report_save(handle)
 
 
 def main() -> None:
