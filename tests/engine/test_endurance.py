@@ -39,10 +39,6 @@ OBJECTS_PER_SAVE = 5
 NOISE = 16 << 20
 """Bytes by which memory may grow in all; the state of each rank has 1.5 MB, and is staged in 4 MiB."""
 
-KINDS = pytest.mark.parametrize(
-    ("background", "stage"), [("thread", "eager"), ("thread", "lazy"), ("process", "eager"), ("process", "lazy")]
-)
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
@@ -113,7 +109,13 @@ def save_in_a_row(root: str, background: Background, stage: Stage, saves: int) -
     return found
 
 
-@KINDS
+@pytest.mark.parametrize(
+    ("background", "stage"),
+    [
+        *(("thread", "eager"), ("process", "lazy")),
+        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (("thread", "lazy"), ("process", "eager"))),
+    ],
+)
 def test_two_hundred_saves_in_a_row(ranks: RankPool, root: Path, background: Background, stage: Stage) -> None:
     saves, names = 200, set(os.listdir("/dev/shm"))
     for before, first, last, closed in ranks.run(
