@@ -13,6 +13,8 @@ import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from ctypes import string_at
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +23,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapters.base import PerRank
-from .adapters.dtypes import as_bits
 
 logger = logging.getLogger("shardckpt")
-_PROBES = 8
+_PLAIN = (torch.Tensor, nn.Parameter)
+_PROBE = 16
+"""Bytes that are compared at each of three places in a tensor."""
 
 
 # ---- who owns what
@@ -37,10 +40,11 @@ class Owned:
         self.tensors = list(tensors)
         """As the optimizers hold them: their version counters count the steps, those of aliases need not."""
         ranges: defaultdict[torch.device, list[tuple[int, int]]] = defaultdict(list)
-        for memory in (memory for tensor in self.tensors for memory in _memories(tensor)):
-            # what lies between the elements of any other tensor may be somebody else's
-            if _span(memory) == memory.numel():
-                ranges[memory.device].append(_range(memory))
+        for tensor in self.tensors:
+            for memory in _memories(tensor):
+                # what lies between the elements of any other tensor may be somebody else's
+                if _is_dense(memory):
+                    ranges[memory.device].append(_range(memory))
         self._ranges = {device: _merge(found) for device, found in ranges.items()}
 
     def __call__(self, tensor: torch.Tensor) -> bool:
@@ -109,16 +113,18 @@ def _tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
             yield leaf
 
 
-def _memories(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _memories(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """The plain tensors that ``tensor`` (a DTensor, for one) consists of, as far as they have memory."""
-    if hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        for part in parts:
-            # newer DTensors name their mesh too
-            if isinstance(part, torch.Tensor):
-                yield from _memories(part)
-    elif torch._C._has_storage(tensor) and tensor.numel() and not tensor.is_inference():
-        yield tensor
+        # newer DTensors name their mesh too
+        return chain.from_iterable(_memories(part) for part in parts if isinstance(part, torch.Tensor))
+    return (tensor,) if torch._C._has_storage(tensor) and tensor.numel() and not tensor.is_inference() else ()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether nothing lies between the elements in memory, whatever their order."""
+    return tensor.is_contiguous() or _span(tensor) == tensor.numel()
 
 
 def _span(tensor: torch.Tensor) -> int:
@@ -129,7 +135,9 @@ def _span(tensor: torch.Tensor) -> int:
 def _range(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte in memory, and the one behind the last."""
     start = tensor.data_ptr()
-    return start, start + _span(tensor) * tensor.element_size()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    return start, start + _span(tensor) * tensor.itemsize
 
 
 def _merge(ranges: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -151,9 +159,9 @@ def _merge(ranges: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
 class Versions:
     """What tensors were at one moment, as far as it takes to tell later which of them were changed in place.
 
-    Two signs count: torch's version counters, and a few elements of each tensor in host memory, because fused optimizers,
-    writes through ``.data``, and kernels from outside of torch count no versions. Elements on a GPU are not looked at: that
-    would wait for all that is queued there.
+    Two signs count: torch's version counters, and a few bytes of each tensor in host memory, because fused optimizers, writes
+    through ``.data``, and kernels from outside of torch count no versions. Bytes on a GPU are not looked at: that would wait
+    for all that is queued there.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], owners: Iterable[torch.Tensor]) -> None:
@@ -161,7 +169,7 @@ class Versions:
         self._owners = list(owners)
         self._counts = {name: _count(tensor) for name, tensor in tensors.items()}
         self._owner_counts = [_count(owner) for owner in self._owners]
-        self._probes = _Probes({name: tensor for name, tensor in tensors.items() if tensor.device.type == "cpu"})
+        self._probes = {name: _probe(tensor) for name, tensor in tensors.items() if tensor.is_cpu}
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], owners: Iterable[torch.Tensor] = ()) -> Versions:
@@ -171,7 +179,7 @@ class Versions:
     def changed(self) -> list[str]:
         """Names of the tensors that were changed, sorted."""
         found = {name for name, tensor in self._tensors.items() if _count(tensor) != self._counts[name]}
-        found.update(self._probes.changed())
+        found.update(name for name, probe in self._probes.items() if _probe(self._tensors[name]) != probe)
         counts = zip(self._owners, self._owner_counts, strict=True)
         stepped = [owner for owner, count in counts if _count(owner) != count]
         if stepped:
@@ -180,34 +188,15 @@ class Versions:
         return sorted(found)
 
 
-class _Probes:
-    """A few elements of each of some tensors, compared bit by bit."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._names: defaultdict[torch.dtype, list[str]] = defaultdict(list)
-        self._places: defaultdict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
-        for name, tensor in tensors.items():
-            if tensor.numel():
-                place = _spread(tensor)
-                self._names[place.dtype].append(name)
-                self._places[place.dtype].append(place)
-        self._before = {dtype: torch.cat(places) for dtype, places in self._places.items()}
-
-    def changed(self) -> Iterator[str]:
-        for dtype, places in self._places.items():
-            now = torch.cat(places)
-            if not torch.equal(now, self._before[dtype]):
-                sizes = [len(place) for place in places]
-                pairs = zip(torch.split(now, sizes), torch.split(self._before[dtype], sizes), strict=True)
-                yield from (name for name, pair in zip(self._names[dtype], pairs, strict=True) if not torch.equal(*pair))
-
-
-def _spread(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements as integers, one-dimensional, an alias."""
-    bits = as_bits(tensor.detach())
-    span = _span(bits)
-    count = min(span, _PROBES) if span == bits.numel() else 1
-    return bits.as_strided((count,), (max(1, (span - 1) // max(1, count - 1)),))
+def _probe(tensor: torch.Tensor) -> tuple[int, bytes]:
+    """Where a tensor in host memory begins, and some of its bytes: the first, those in the middle, and the last."""
+    start, stop = _range(tensor)
+    if not start or not tensor.numel():
+        return start, b""
+    if not _is_dense(tensor):
+        return start, string_at(start, tensor.itemsize)
+    size = min(_PROBE, stop - start)
+    return start, string_at(start, size) + string_at((start + stop - size) // 2, size) + string_at(stop - size, size)
 
 
 def _count(tensor: torch.Tensor) -> int:

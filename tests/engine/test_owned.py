@@ -201,7 +201,7 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (40, 3)], ids=str)
-def test_elements_are_compared_whatever_they_are(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_bytes_are_compared_whatever_they_are(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(shape).to(dtype)
     shapes = {"whole": tensor, "transposed": tensor.mT if len(shape) > 1 else tensor, "empty": tensor.reshape(-1)[:0]}
     versions = Versions.of(shapes)
@@ -224,7 +224,7 @@ def test_what_lies_between_the_elements_of_a_view_may_change() -> None:
     assert versions.changed() == ["column"]
 
 
-def test_tensors_without_counters_are_told_by_their_elements() -> None:
+def test_tensors_without_counters_are_told_by_their_bytes() -> None:
     with torch.inference_mode():
         tensor = torch.zeros(3)
         versions = Versions.of({"t": tensor})
