@@ -27,6 +27,8 @@ class Reason(msgspec.Struct, array_like=True, frozen=True):
     """How many asked."""
 
     def __str__(self) -> str:
+        if not self.signum:
+            return self.what
         return f"{self.what} on {f'rank {self.rank}' if self.ranks == 1 else f'{self.ranks} ranks'}"
 
 

@@ -28,7 +28,7 @@ def test_equal_reasons_of_several_ranks_are_one() -> None:
     timer = Reason("every 60 s")
     verdict = decide([Answer(1, [timer]), Answer(1, [term[1]]), Answer(1, []), Answer(1, [term[3]])])
     assert verdict.reasons == [timer, Reason("signal 15", 15, rank=1, ranks=2)]
-    assert [str(reason) for reason in verdict.reasons] == ["every 60 s on rank 0", "signal 15 on 2 ranks"]
+    assert [str(reason) for reason in verdict.reasons] == ["every 60 s", "signal 15 on 2 ranks"]
 
 
 def test_a_reason_stands_until_a_verdict_meets_it() -> None:
