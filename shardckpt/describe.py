@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import xxhash
@@ -38,8 +41,11 @@ from .layout import (
     Shard,
     StridedShard,
 )
+from .ravel import flat_bytes
 
 _SAMPLES = 64
+_LARGEST_BITS = 8
+"""Bytes; larger elements are sampled in parts of this size."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,10 +319,11 @@ def sample_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
     digests = [xxhash.xxh3_64_intdigest(b"")] * len(tensors)
     samples = {}
     for at, tensor in enumerate(tensors):
-        if 0 < tensor.numel() <= _SAMPLES and tensor.device.type == "cpu" and tensor.is_contiguous():
-            # the many step counters of optimizers, without a call of torch for each
-            digests[at] = xxhash.xxh3_64_intdigest(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-        elif tensor.numel():
+        if not tensor.numel():
+            continue
+        if tensor.is_cpu and tensor.is_contiguous():
+            digests[at] = xxhash.xxh3_64_intdigest(_sample_memory(tensor))
+        else:
             samples[at] = _sample(tensor)
     for device in {sample.device for sample in samples.values()}:
         chosen = [at for at, sample in samples.items() if sample.device == device]
@@ -328,13 +335,32 @@ def sample_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
     return digests
 
 
+def _sample_memory(tensor: torch.Tensor) -> bytes:
+    """What `_sample` takes, of a contiguous tensor in host memory, in a tenth of the time."""
+    size = min(tensor.itemsize, _LARGEST_BITS)
+    count = tensor.nbytes // size
+    if count <= _SAMPLES:
+        # the many step counters of optimizers, without a call of torch for each
+        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    memory = flat_bytes(tensor)
+    assert memory is not None
+    sampled: bytes = memory.numpy().view(f"V{size}")[_places(count)].tobytes()
+    return sampled
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(count: int) -> npt.NDArray[np.int64]:
+    """Where in ``count`` elements the sampled ones are."""
+    return np.arange(_SAMPLES, dtype=np.int64) * (count - 1) // (_SAMPLES - 1)
+
+
 @torch.no_grad()
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of the sampled elements, on the tensor's device."""
     bits = as_bits(tensor)
     count = min(bits.numel(), _SAMPLES)
     if count < bits.numel():
-        at = torch.arange(count) * (bits.numel() - 1) // (count - 1)
+        at = torch.from_numpy(_places(bits.numel()))
         bits = bits[_unravel(at.to(tensor.device), tuple(bits.shape))]
     # a clone, not contiguous(): that keeps the stride of a single element, and a view as bytes needs 1
     return bits.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -37,6 +37,15 @@ def test_strides_do_not_matter() -> None:
     assert sample_digest(torch.ones(1, 5).expand(50, 5)) == sample_digest(torch.ones(50, 5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("count", [1, 20, 32, 33, 63, 64, 65, 5000])
+def test_what_is_read_from_memory_is_what_torch_would_take(dtype: torch.dtype, count: int) -> None:
+    tensor = random_bits(dtype, count)
+    apart = tensor.new_zeros(count, 2)[:, 0]
+    apart.copy_(tensor)
+    assert sample_digest(apart) == sample_digest(tensor)
+
+
 def test_the_first_and_last_element_count() -> None:
     tensor = torch.zeros(1000, 7)
     before = sample_digest(tensor)
