@@ -15,7 +15,7 @@ from shardckpt.crew import share_out
 from shardckpt.errors import BackgroundDied, RankFailed, StorageFull
 from shardckpt.feed import Failed, Feed, Filled, News, Staged, num_chunks
 from shardckpt.stage import Buffer
-from tests.engine.waiting import Background, until, until_blocked
+from tests.engine.waiting import InThread, until, until_blocked
 
 CHUNK = 64
 SAMPLES = {"0:[]": {"weight": 17}}
@@ -57,13 +57,13 @@ def bridged(memory: Buffer, nbytes: int, chunk: int) -> Iterator[tuple[Feed, Fee
         while (item := news.get()) is not None:
             hear(item)
 
-    messengers = [Background(lambda: carry(to_writer, writer.hear)), Background(lambda: carry(to_stager, stager.hear))]
+    messengers = [InThread(lambda: carry(to_writer, writer.hear)), InThread(lambda: carry(to_stager, stager.hear))]
     try:
         yield stager, writer
     finally:
         to_writer.put(None)
         to_stager.put(None)
-        assert [messenger.outcome() for messenger in messengers] == [None, None]
+        assert [messenger.result() for messenger in messengers] == [None, None]
 
 
 def make(chunks: int, slots: int) -> Feed:
@@ -92,10 +92,10 @@ def test_what_is_written_is_what_was_staged(nbytes: int, chunk: int, slots: int,
         feed = Feed(memory, nbytes, chunk)
         stager, writer = two if apart else (feed, feed)
         assert stager.is_ring == (slots < num_chunks(nbytes, chunk))
-        written = Background(lambda: drain(writer, workers))
-        staged = Background(lambda: stage(stager, content(nbytes)))
-        assert staged.outcome() is None
-        assert written.outcome() == content(nbytes)
+        written = InThread(lambda: drain(writer, workers))
+        staged = InThread(lambda: stage(stager, content(nbytes)))
+        assert staged.result() is None
+        assert written.result() == content(nbytes)
         assert writer.samples() == SAMPLES
 
 
@@ -103,22 +103,22 @@ def test_several_saves_may_follow_each_other_in_the_same_memory() -> None:
     memory = Buffer(3 * CHUNK)
     for nbytes in (10 * CHUNK, 2 * CHUNK - 1, 7 * CHUNK + 5):
         feed = Feed(memory, nbytes, CHUNK)
-        written = Background(lambda feed=feed: drain(feed, 2))  # type: ignore[misc]
+        written = InThread(lambda feed=feed: drain(feed, 2))  # type: ignore[misc]
         stage(feed, content(nbytes))
-        assert written.outcome() == content(nbytes)
+        assert written.result() == content(nbytes)
 
 
 def test_a_whole_image_is_written_when_all_of_it_is_staged() -> None:
     """Before, the two would compete for the processor that training waits for."""
     feed = make(chunks=3, slots=3)
     feed.filled(0)
-    taker = Background(lambda: drain(feed, 1))
+    taker = InThread(lambda: drain(feed, 1))
     until_blocked(taker, Feed._wait)
     for index in (1, 2):
         feed.filled(index)
     until_blocked(taker, Feed._wait)
     feed.staged({}, {})
-    assert taker.outcome() == bytes(3 * CHUNK)
+    assert taker.result() == bytes(3 * CHUNK)
 
 
 def test_the_stager_waits_for_room_in_a_ring() -> None:
@@ -126,36 +126,36 @@ def test_the_stager_waits_for_room_in_a_ring() -> None:
     for index in (0, 1):
         assert feed.room(index) == index * CHUNK
         feed.filled(index)
-    stager = Background(lambda: feed.room(2))
+    stager = InThread(lambda: feed.room(2))
     with feed.take(1):
         pass
     until_blocked(stager, Feed._wait)
     with feed.take(0):
         until_blocked(stager, Feed._wait)
-    assert stager.outcome() == 0
+    assert stager.result() == 0
 
 
 def test_the_writer_waits_for_each_chunk_of_a_ring() -> None:
     feed = make(chunks=3, slots=1)
-    writer = Background(lambda: drain(feed, 1))
+    writer = InThread(lambda: drain(feed, 1))
     for index in range(3):
         feed.room(index)
         until_blocked(writer, Feed.take.__wrapped__)  # type: ignore[attr-defined]
         feed.filled(index)
-    assert writer.outcome() == bytes(3 * CHUNK)
+    assert writer.result() == bytes(3 * CHUNK)
 
 
 def test_samples_come_with_the_last_chunk() -> None:
     feed = make(chunks=2, slots=1)
-    asker = Background(feed.samples)
-    writer = Background(lambda: drain(feed, 1))
+    asker = InThread(feed.samples)
+    writer = InThread(lambda: drain(feed, 1))
     for index in range(2):
         feed.room(index)
         feed.filled(index)
-    assert writer.outcome() == bytes(2 * CHUNK)
+    assert writer.result() == bytes(2 * CHUNK)
     until_blocked(asker, Feed._wait)
     feed.staged(SAMPLES, {})
-    assert asker.outcome() == SAMPLES
+    assert asker.result() == SAMPLES
 
 
 # ---- failures
@@ -164,12 +164,11 @@ def test_samples_come_with_the_last_chunk() -> None:
 def test_who_fails_to_stage_wakes_all_writers() -> None:
     for slots in (1, 3):
         feed = make(chunks=3, slots=slots)
-        writers = [Background(lambda feed=feed: drain(feed, 1)), Background(feed.samples)]  # type: ignore[misc]
-        for writer in writers:
-            until_blocked(writer, Feed._wait)
+        writer, asker = InThread(lambda feed=feed: drain(feed, 1)), InThread(feed.samples)  # type: ignore[misc]
+        until_blocked(writer, Feed._wait)
+        until_blocked(asker, Feed._wait)
         assert feed.fail(StorageFull("no room", name="file"))
-        for writer in writers:
-            error = writer.outcome()
+        for error in (writer.error(), asker.error()):
             assert isinstance(error, StorageFull)
             assert (error.message, error.name) == ("no room", "file")
 
@@ -177,10 +176,10 @@ def test_who_fails_to_stage_wakes_all_writers() -> None:
 def test_who_fails_to_write_wakes_the_stager() -> None:
     feed = make(chunks=3, slots=1)
     feed.filled(0)
-    stager = Background(lambda: feed.room(1))
+    stager = InThread(lambda: feed.room(1))
     until_blocked(stager, Feed._wait)
     assert feed.fail(StorageFull("no room"))
-    assert isinstance(stager.outcome(), StorageFull)
+    assert isinstance(stager.error(), StorageFull)
 
 
 def test_a_failure_is_raised_from_then_on() -> None:
@@ -212,13 +211,13 @@ def test_the_first_failure_counts() -> None:
 def test_nothing_can_fail_what_is_staged(slots: int) -> None:
     told: list[News] = []
     feed = Feed(Buffer(slots * CHUNK), 2 * CHUNK, CHUNK, told.append)
-    writer = Background(lambda: drain(feed, 1))
+    writer = InThread(lambda: drain(feed, 1))
     stage(feed, content(2 * CHUNK))
     told.clear()
     assert not feed.fail(BackgroundDied("too late"))
     assert feed.failure is None
     assert told == []
-    assert writer.outcome() == content(2 * CHUNK)
+    assert writer.result() == content(2 * CHUNK)
 
 
 class Dropped(Feed):
@@ -244,25 +243,25 @@ def test_of_a_failure_and_the_end_of_staging_one_comes_first_for_both_sides() ->
 
 def test_a_failure_reaches_the_other_process() -> None:
     with bridged(Buffer(CHUNK), 3 * CHUNK, CHUNK) as (stager, writer):
-        taker = Background(lambda: drain(writer, 1))
+        taker = InThread(lambda: drain(writer, 1))
         until_blocked(taker, Feed._wait)
         stager.fail(StorageFull("no room"))
-        assert isinstance(taker.outcome(), StorageFull)
+        assert isinstance(taker.error(), StorageFull)
     with bridged(Buffer(CHUNK), 3 * CHUNK, CHUNK) as (stager, writer):
-        filler = Background(lambda: stage(stager, content(3 * CHUNK)))
+        filler = InThread(lambda: stage(stager, content(3 * CHUNK)))
         with writer.take(0):
             until_blocked(filler, Feed._wait)
         writer.fail(StorageFull("no room"))
-        assert isinstance(filler.outcome(), StorageFull)
+        assert isinstance(filler.error(), StorageFull)
 
 
 def test_who_waits_for_the_end_of_staging_sees_either_end() -> None:
     for end in (lambda feed: feed.staged({}, {}), lambda feed: feed.fail(StorageFull("no room"))):
         feed = make(chunks=1, slots=1)
-        waiter = Background(feed.wait_over)
+        waiter = InThread(feed.wait_over)
         until_blocked(waiter, Feed.wait_over)
         end(feed)
-        assert waiter.outcome() is None
+        assert waiter.result() is None
 
 
 def test_staging_that_was_heard_of_counts_as_staged() -> None:

@@ -8,7 +8,7 @@ import pytest
 from shardckpt.errors import CheckpointError, SavePending, StorageFull
 from shardckpt.handle import SaveHandle
 from shardckpt.saving import Saved
-from tests.engine.waiting import PATIENCE, Background
+from tests.engine.waiting import PATIENCE, InThread
 
 SAVED = Saved("/somewhere/step-00000007", 7, "0" * 64, 12, 0.5)
 
@@ -67,12 +67,12 @@ def test_who_runs_out_of_patience_is_told_how_far_it_is() -> None:
 
 def test_everybody_who_waits_is_woken() -> None:
     handle = SaveHandle(7)
-    durable = [Background(lambda: handle.result(PATIENCE)) for _ in range(3)]
-    staged = [Background(lambda: handle.wait_staged(PATIENCE)) for _ in range(3)]
+    durable = [InThread(lambda: handle.result(PATIENCE)) for _ in range(3)]
+    staged = [InThread(lambda: handle.wait_staged(PATIENCE)) for _ in range(3)]
     handle._to_staged()
-    assert [thread.outcome() for thread in staged] == [None] * 3
+    assert [thread.result() for thread in staged] == [None] * 3
     handle._to_durable(SAVED)
-    assert [thread.outcome() for thread in durable] == [SAVED] * 3
+    assert [thread.result() for thread in durable] == [SAVED] * 3
 
 
 def test_stalls_add_up() -> None:

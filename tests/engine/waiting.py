@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Generic, TypeVar
 
 PATIENCE = 30.0
 """Seconds."""
 _POLL_SECONDS = 0.002
+
+_Result = TypeVar("_Result")
 
 
 def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
@@ -24,13 +27,13 @@ def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
 
 
 def until_blocked(thread: threading.Thread, function: Callable[..., object]) -> None:
-    """Return when ``thread`` waits for a condition of `threading` somewhere inside of ``function``."""
+    """Return when ``thread`` waits for something of `threading` somewhere inside of ``function``."""
 
     def is_blocked() -> bool:
         if not thread.is_alive() and thread.ident is not None:
             raise AssertionError(f"{thread.name} has ended instead of waiting in {function.__qualname__}")
         frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
-        if frame is None or frame.f_code is not threading.Condition.wait.__code__:
+        if frame is None or frame.f_code.co_filename != threading.__file__:
             return False
         while frame is not None and frame.f_code is not getattr(function, "__code__", None):
             frame = frame.f_back
@@ -39,24 +42,38 @@ def until_blocked(thread: threading.Thread, function: Callable[..., object]) -> 
     until(is_blocked)
 
 
-class Background(threading.Thread):
-    """Calls a function; `outcome` is what it returned or raised."""
+class InThread(threading.Thread, Generic[_Result]):
+    """Calls a function in a thread of its own."""
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], _Result]) -> None:
         super().__init__(daemon=True)
         self._function = function
-        self._result: object = None
+        self._returned: list[_Result] = []
+        self._raised: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._result = self._function()
+            self._returned.append(self._function())
         except BaseException as error:
-            self._result = error
+            self._raised = error
 
-    def outcome(self) -> object:
-        """Wait for it."""
+    def result(self) -> _Result:
+        """What the function returned, or raises what it raised."""
+        error = self._wait()
+        if error is not None:
+            raise error
+        return self._returned[0]
+
+    def error(self) -> BaseException:
+        """What the function raised."""
+        error = self._wait()
+        if error is None:
+            raise AssertionError(f"{self._function} returned {self._returned[0]!r}")
+        return error
+
+    def _wait(self) -> BaseException | None:
         self.join(PATIENCE)
         if self.is_alive():
             raise TimeoutError(f"{self._function} does not come to its end")
-        return self._result
+        return self._raised
