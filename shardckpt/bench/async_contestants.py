@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -342,8 +341,3 @@ def _staging(**chosen: bool) -> StagingOptions:
     """DCP's options, of which only those are on that were chosen."""
     names = ("use_pinned_memory", "use_shared_memory", "use_async_staging", "use_non_blocking_copy")
     return StagingOptions(**{name: chosen.get(name, False) for name in names})
-
-
-def has_cuda(ranks: int) -> bool:
-    """Whether each of ``ranks`` processes can have a GPU of its own."""
-    return torch.cuda.device_count() >= ranks

@@ -205,7 +205,8 @@ def _noise(turn: Turn, cycle: Cycle) -> float:
 
 
 def _ratio(value: float | None, scale: float | None) -> float | None:
-    return None if value is None or not scale else value / scale
+    """None when one of them is not known, or when the scale is lost in noise."""
+    return None if value is None or scale is None or scale <= 0 else value / scale
 
 
 # ---- what is to be reached
@@ -219,6 +220,7 @@ def _compare(lines: Sequence[tuple[Entrant, AsyncLine]], shard: int) -> list[Bar
         for copies in ("in the call", "later")
     }
     loss = min((line.loss for _, line in peers if line.loss is not None), default=None)
+    lost = min((line.lost_s for _, line in peers if line.lost_s is not None), default=None)
     engines = [(e, line) for e, line in lines if isinstance(e, Engine) and not e.blocking]
     eager = {entrant.options.background: line.stall_s for entrant, line in engines if entrant.options.stage == "eager"}
     bars: list[Bar] = []
@@ -235,6 +237,7 @@ def _compare(lines: Sequence[tuple[Entrant, AsyncLine]], shard: int) -> list[Bar
             add("stall / eager stall", line, _ratio(line.stall_s, eager.get(entrant.options.background)), 0.3)
             add("stall / least of DCP's that copy later", line, _ratio(line.stall_s, stalls["later"]), None)
         add("loss in flight / least of DCP's", line, _ratio(line.loss, loss), 2 / 3)
+        add("lost in all / least of DCP's", line, _ratio(line.lost_s, lost), None)
         add("time until durable / blocking save", line, line.times_blocking, 1.3)
         if line.memory_bytes is not None:
             add("MiB of memory beyond the shard", line, (line.memory_bytes - shard) / _MIB, 64.0)

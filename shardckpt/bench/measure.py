@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from ..errors import ConfigError
 from .async_contest import AsyncJob, async_rounds
-from .async_contestants import choose, has_cuda
+from .async_contestants import choose
 from .async_report import AsyncReport, summarize_async
 from .contest import Job, load_rounds, save_once, save_rounds
 from .launch import OnProgress, Progress, run_ranks
@@ -49,9 +51,7 @@ def measure_reshard(spec: ReshardSpec, folder: str = ".", on_progress: OnProgres
 
 def measure_async(spec: AsyncSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> AsyncReport:
     """Time what saves cost training. Raises `BenchmarkFailed`, but not for a contestant that fails: the report says so."""
-    device = spec.device
-    if device == "auto":
-        device = "cuda" if has_cuda(spec.ranks) else "cpu"
+    device = _choose_device(spec)
     entrants = choose(spec.contestants, cuda=device == "cuda")
     with _scratch(folder, (spec.saves + 2) * spec.nbytes) as scratch:
         job = AsyncJob(
@@ -67,6 +67,13 @@ def measure_async(spec: AsyncSpec, folder: str = ".", on_progress: OnProgress = 
         outcome = run_ranks(spec.ranks, async_rounds, job, on_progress, backend=_BACKENDS[device])[0]
         facts = describe_workload(spec, outcome.nbytes, outcome.num_tensors)
         return summarize_async(outcome, entrants, describe_machine(scratch), facts, device)
+
+
+def _choose_device(spec: AsyncSpec) -> str:
+    gpus = torch.cuda.device_count()
+    if spec.device == "cuda" and gpus < spec.ranks:
+        raise ConfigError(f"device='cuda' needs a GPU for each of {spec.ranks} ranks, and torch finds {gpus} here; take 'cpu'")
+    return "cuda" if gpus >= spec.ranks and spec.device != "cpu" else "cpu"
 
 
 def _measure_loads(

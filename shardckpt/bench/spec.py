@@ -78,7 +78,7 @@ class AsyncSpec(SaveSpec):
     """Times that each contestant takes its turn."""
     saves: int = 3
     """Saves of a turn; one more comes before them and does not count."""
-    steps: int = 3
+    steps: int = 2
     """Training steps for each save; more are taken while it is not durable, and twice as many before the first one."""
     samples: int = 1
     """Rows of tokens that each rank trains on in a step."""

@@ -100,7 +100,7 @@ def asynchronous(
     size: Size = "200MB",
     ranks: Annotated[int, typer.Option(help="Processes that train.", min=1)] = 2,
     rounds: Rounds = 2,
-    steps: Annotated[int, typer.Option(help="Training steps for each save, at least.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps for each save, at least.", min=1)] = 2,
     saves: Annotated[int, typer.Option(help="Saves of a turn.", min=1)] = 3,
     samples: Annotated[int, typer.Option(help="Rows of tokens that a rank trains on in a step.", min=1)] = 1,
     only: Annotated[

@@ -223,6 +223,15 @@ def test_contestants_are_chosen_by_pattern() -> None:
     }
 
 
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    with pytest.raises(ConfigError, match=f"needs a GPU for each of {ranks} ranks, and torch finds {ranks - 1} here"):
+        measure_async(AsyncSpec(nbytes=SIZE, ranks=ranks, device="cuda"), str(tmp_path))
+    result = CliRunner().invoke(app, ["async", "--device", "tpu"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--device 'tpu' is not one of auto, cpu, cuda" in str(result.exception)
+
+
 def test_what_contestants_do() -> None:
     by_name = {entrant.name: entrant for entrant in all_entrants(cuda=False)}
     assert {name for name, entrant in by_name.items() if entrant.blocking} == {"shardckpt-blocking", "dcp-blocking"}

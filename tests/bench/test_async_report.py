@@ -113,10 +113,12 @@ def test_bars_are_told_with_what_was_found() -> None:
         ("ours-eager", "stall / plain copy"): (1.0, 1.25),
         ("ours-eager", "stall / least of DCP's that copy in the call"): (0.2, 0.5),
         ("ours-eager", "loss in flight / least of DCP's"): (0.1 / 0.5, 2 / 3),
+        ("ours-eager", "lost in all / least of DCP's"): (0.4 / 2.0, None),
         ("ours-eager", "time until durable / blocking save"): (1.1, 1.3),
         ("ours-eager", "MiB of memory beyond the shard"): (64.0, 64.0),
         ("ours-lazy", "stall / eager stall"): (0.5, 0.3),
         ("ours-lazy", "loss in flight / least of DCP's"): (0.1 / 0.5, 2 / 3),
+        ("ours-lazy", "lost in all / least of DCP's"): (0.3 / 2.0, None),
         ("ours-lazy", "time until durable / blocking save"): (1.05, 1.3),
         ("ours-lazy", "MiB of memory beyond the shard"): (0.0, 64.0),
     }

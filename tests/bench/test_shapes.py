@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shardckpt import ConfigError
-from shardckpt.bench import LoadSpec, PlanSpec, ReshardSpec, SaveSpec, parse_size
+from shardckpt.bench import AsyncSpec, LoadSpec, PlanSpec, ReshardSpec, SaveSpec, parse_size
 from shardckpt.bench.shapes import BYTES_PER_PARAMETER, GPTShape, count_parameters
 
 
@@ -52,6 +52,11 @@ def test_a_llama_has_the_published_number_of_parameters() -> None:
         (lambda: ReshardSpec(to_ranks=(4, 0)), "to_ranks=0"),
         (lambda: ReshardSpec(dims=(2,)), "dims"),
         (lambda: ReshardSpec(dims=(1,), to_ranks=(3,)), "evenly"),
+        (lambda: AsyncSpec(nbytes=1000), "too small"),
+        (lambda: AsyncSpec(steps=0), "steps=0"),
+        (lambda: AsyncSpec(saves=0), "saves=0"),
+        (lambda: AsyncSpec(samples=0), "samples=0"),
+        (lambda: AsyncSpec(device="tpu"), "device='tpu'"),  # type: ignore[arg-type]
         (lambda: PlanSpec(model="llama-1t"), "llama-1t"),
         (lambda: PlanSpec(ranks=0), "ranks=0"),
         (lambda: PlanSpec(peer_ranks=-1), "peer_ranks"),
