@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small net, ways to train it, and a copy that is always pending, for tests of the guard."""
+"""A small net, and copies that are pending for as long as may be, for tests of what waits for them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+import shardckpt
 
 BATCH = torch.linspace(-1, 1, 8 * 4).reshape(8, 4)
 
@@ -64,3 +66,9 @@ def backward(net: nn.Module) -> torch.Tensor:
     loss: torch.Tensor = net(BATCH).square().mean()
     loss.backward()
     return loss
+
+
+class Late(shardckpt.Checkpointer):
+    """The worst moment for every change: nothing that is staged lazily is copied before a step waits for it."""
+
+    _LAZY_THREADS = 0

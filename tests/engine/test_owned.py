@@ -98,6 +98,13 @@ def test_optimizers_without_hooks_own_nothing() -> None:
     assert not owned_by_optimizers({"model": net, "optimizer": alone}).tensors
 
 
+def test_optimizers_that_leave_the_step_to_something_without_hooks_own_nothing() -> None:
+    """As ZeroRedundancyOptimizer does when it steps in the backward pass of DDP."""
+    net, optimizer = a_trained_net()
+    optimizer.optim = object()
+    assert not owned_by_optimizers({"model": net, "optimizer": optimizer}).tensors
+
+
 def test_an_embedding_that_its_forward_pass_rescales_is_not_owned() -> None:
     net = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 4))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -20,15 +20,9 @@ import shardckpt
 from shardckpt import Options
 from shardckpt.guard import STEP_GUARD
 from tests import models
-from tests.engine.guarding import backward
+from tests.engine.guarding import Late, backward
 from tests.engine.loops import LOOPS, flatten
 from tests.ranks import RankPool
-
-
-class Late(shardckpt.Checkpointer):
-    """The worst moment for every change: nothing that is staged lazily is copied before a step waits for it."""
-
-    _LAZY_THREADS = 0
 
 
 class Saves:
@@ -110,12 +104,24 @@ def test_every_save_of_many_is_exact(saves: Saves) -> None:
     torch.manual_seed(0)
     loop = LOOPS["large"]()
     loop.train()
-    for _ in range(4):
+    for _ in range(3):
         before = saves.blocking(loop.state)
         handle = saves.begin(loop.state)
         loop.train()
         loop.train()
         assert differing(saves.load(handle), before) == []
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_a_step_at_once_waits_for_all_of_the_copy(saves: Saves, options: dict[str, bool]) -> None:
+    weight = nn.Parameter(torch.arange(8e6))
+    optimizer = torch.optim.SGD([weight], lr=1.0, **options)
+    weight.grad = torch.ones_like(weight)
+    handle = saves.begin({"weight": weight, "optimizer": optimizer})
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.arange(8e6) - 2)
+    assert torch.equal(saves.load(handle)["weight"], torch.arange(8e6))
 
 
 def test_averages_and_statistics_need_no_wait(saves: Saves) -> None:

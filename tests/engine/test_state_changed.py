@@ -15,14 +15,8 @@ from torch import nn
 import shardckpt
 from shardckpt import Options, SaveDropped, StateChanged
 from shardckpt.guard import STEP_GUARD
-from tests.engine.guarding import Net, backward
+from tests.engine.guarding import Late, Net, backward
 from tests.ranks import RankPool
-
-
-class Late(shardckpt.Checkpointer):
-    """Nothing that is staged lazily is copied before somebody waits for it."""
-
-    _LAZY_THREADS = 0
 
 
 def a_state(**options: Any) -> tuple[Net, torch.optim.Optimizer, dict[str, Any]]:
