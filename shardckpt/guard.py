@@ -64,13 +64,15 @@ def owned_by_optimizers(state: Mapping[str, Any]) -> Owned:
     To be asked after `capture`, which brings sharded parameters back to their places.
     """
     renormed: set[int] = set()
-    optimizers: list[Optimizer] = []
+    # by id: schedulers name theirs again
+    optimizers: dict[int, Optimizer] = {}
     for leaf in _leaves(state, set()):
         if isinstance(leaf, nn.Module):
             renormed.update(_changed_by_forward(leaf))
         else:
-            optimizers += _hooked(leaf)
-    return Owned(tensor for optimizer in optimizers for tensor in _tensors(optimizer) if id(tensor) not in renormed)
+            optimizers.update((id(optimizer), optimizer) for optimizer in _hooked(leaf))
+    tensors = chain.from_iterable(map(_tensors, optimizers.values()))
+    return Owned(tensor for tensor in tensors if id(tensor) not in renormed)
 
 
 def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:

@@ -81,7 +81,10 @@ def test_optimizers_are_found_wherever_they_stand() -> None:
     assert others({"model": net, "parts": {"a": [PerRank({"optimizer": optimizer})]}}) == BUFFERS
     assert others({"model": net, "optimizer": Wrapper(optimizer)}) == BUFFERS
     # a scheduler knows its optimizer
-    assert others({"model": net, "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}) == BUFFERS
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert others({"model": net, "scheduler": scheduler}) == BUFFERS
+    alone, both = ({"optimizer": optimizer}, {"optimizer": optimizer, "scheduler": scheduler})
+    assert len(owned_by_optimizers(both).tensors) == len(owned_by_optimizers(alone).tensors)
 
 
 def test_what_only_an_optimizer_elsewhere_owns_is_not() -> None:
