@@ -78,8 +78,11 @@ class Background:
         task = partial(self._finish, prepared, source, progress)
         if isinstance(source, Feed) and not source.is_ring:
             # first the copy, which training waits for
-            self._stage(prepared, source, state, progress)
-            self._begin(task)
+            try:
+                self._stage(prepared, source, state, progress)
+            finally:
+                # after Ctrl-C too: the other ranks wait for this one
+                self._begin(task)
         else:
             self._begin(task)
             if isinstance(source, Feed):
@@ -170,8 +173,10 @@ class Background:
             else:
                 stage_at_once(data, feed, self._devices, self._threads, progress.timings)
                 feed.staged(prepared.sample(), progress.timings.seconds)
-        except Exception as error:
+        except BaseException as error:
             feed.fail(error)
+            if not isinstance(error, Exception):
+                raise
         prepared.release()
 
     def _stage_lazily(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:

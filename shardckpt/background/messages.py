@@ -54,7 +54,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     chunk: int
     """Bytes."""
     memory: int
-    """Bytes of shared memory."""
+    """Bytes of shared memory; none when the feed had failed before there was any."""
     meeting: tuple[str, int]
     """Host and port of the store where the processes meet for this save."""
 

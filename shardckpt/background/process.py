@@ -163,7 +163,7 @@ class BackgroundProcess:
             self._items, self._port = items, None
             if self._gone:
                 items.put(Gone())
-        memory = feed.memory.size
+        memory = 0 if feed.failure is not None else feed.memory.size
         self._line.send(Begin(job=job, nbytes=feed.nbytes, chunk=feed.chunk, memory=memory, meeting=meeting))
         if feed.failure is not None:
             self._line.send(Failed(feed.failure))

@@ -68,13 +68,18 @@ class Worker:
             self._line.send(Listening(self._server.port))
 
     def _begin(self, begin: Begin) -> None:
-        if self._memory is None or self._memory.size != begin.memory:
-            self._memory = Buffer(begin.memory, self._memory_fd)
-        self._feed = Feed(self._memory, begin.nbytes, begin.chunk, self._line.send)
+        self._feed = Feed(self._map(begin), begin.nbytes, begin.chunk, self._line.send)
         server, self._server = self._server, None
         self._thread = threading.Thread(target=self._finish, args=(begin, self._feed, server), name="shardckpt-save")
         self._thread.start()
         self._listen()
+
+    def _map(self, begin: Begin) -> Buffer:
+        if not begin.memory:
+            return Buffer(begin.chunk)
+        if self._memory is None or self._memory.size != begin.memory:
+            self._memory = Buffer(begin.memory, self._memory_fd)
+        return self._memory
 
     def _finish(self, begin: Begin, feed: Feed, server: Any) -> None:
         setup, timings = self._setup, Timings()
