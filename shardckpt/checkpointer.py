@@ -6,11 +6,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgspec
 
@@ -22,6 +24,7 @@ from .background.process import ProcessCarrier
 from .coordinate import Coordinator
 from .device_staging import DeviceStaging
 from .errors import (
+    BackgroundDied,
     CheckpointerClosed,
     CheckpointError,
     CheckpointNotFound,
@@ -48,6 +51,24 @@ from .store.memory import MemoryStore
 from .targets import Selection
 
 logger = logging.getLogger("shardckpt")
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[Checkpointer, _Parameters], _Result],
+) -> Callable[Concatenate[Checkpointer, _Parameters], _Result]:
+    """Let in one thread at a time, and none any more when another one closes the checkpointer."""
+
+    @wraps(method)
+    def call(self: Checkpointer, /, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        self._require_open()
+        with self._turn:
+            self._require_open()
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Checkpointer:
@@ -109,6 +130,7 @@ class Checkpointer:
         self._policy = SavePolicy(schedule, Peers.of(self._coordinator, self._options.timeout))
         self._latest: SaveHandle | None = None
         self._reading: set[int] = set()
+        self._turn = threading.RLock()
         self._closed = False
         if self._options.stage == "lazy":
             # once, and not for each save: the hooks of steps stay the same while training goes on
@@ -161,6 +183,7 @@ class Checkpointer:
         self._require_open()
         self._policy.on_signal(signals, exit_status, leave)
 
+    @_one_at_a_time
     def save(
         self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None, wait: bool = False
     ) -> SaveHandle:
@@ -172,7 +195,6 @@ class Checkpointer:
         """
         begun = perf_counter()
         wait = wait or self.preempted
-        self._require_open()
         check_step(step)
         check_metadata(metadata)
         handle = SaveHandle(step)
@@ -180,17 +202,14 @@ class Checkpointer:
         progress = Progress(handle, self.url, rank, self._sink, journal, lambda: self._prune(step))
         try:
             if self._admit(handle, wait):
-                self._start(progress, state, metadata or {}, wait)
-        except StoreError as error:
-            progress.ended(error)
-            if wait or self._options.on_error == "raise" or isinstance(error, NotACheckpointRoot):
-                raise
+                self._attempt(progress, state, metadata or {}, wait)
         finally:
             handle._add_stall(perf_counter() - begun)
         if handle is self._latest:
             self._policy.saved(handle)
         return handle
 
+    @_one_at_a_time
     def restore(
         self,
         state: Mapping[str, Any],
@@ -206,7 +225,6 @@ class Checkpointer:
         Waits for a save that is under way. A ``step`` that is not committed raises `CheckpointNotFound`. The other arguments
         are those of `shardckpt.load`.
         """
-        self._require_open()
         self._background.wait()
         self._surface()
         selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
@@ -233,7 +251,9 @@ class Checkpointer:
 
         With ``on_error="raise"``, an error of the last save that nobody has seen is raised when everything is closed.
         """
-        if not self._closed:
+        with self._turn:
+            if self._closed:
+                return
             self._closed = True
             _OPEN.discard(self)
             self._background.wait()
@@ -244,11 +264,24 @@ class Checkpointer:
             self._coordinator.close()
             self._surface()
 
+    def _attempt(self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
+        """Start a save; what is not the state's fault is raised as the options say."""
+        try:
+            self._start(progress, state, metadata, wait)
+        except (StoreError, BackgroundDied) as error:
+            progress.ended(error)
+            if wait or self._options.on_error == "raise" or isinstance(error, NotACheckpointRoot):
+                # once, and not at the next call too
+                progress.handle._take_error()
+                raise
+
     def _start(self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
         self._latest = progress.handle
         prefix = f"{step_directory(progress.handle.step)}/"
         if wait:
-            progress.ended(self._saver.save(prefix, progress.handle.step, state, metadata, progress.timings))
+            prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings)
+            progress.note_requested(prepared.attempt)
+            progress.ended(self._saver.finish(prepared, progress.timings))
         else:
             self._background.start(progress, prefix, state, metadata)
 

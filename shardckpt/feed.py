@@ -13,7 +13,7 @@ import msgspec
 
 from .events import Phase
 from .failure import Failure, describe, rebuild
-from .stage import CHUNK, Buffer, BufferPool, FileData
+from .stage import CHUNK, Buffer, BufferPool, FileData, wait_for_devices
 
 Samples = dict[str, dict[str, int]]
 """Digests of a few elements of replicated tensors, by group of ranks and by name; equal where copies are equal."""
@@ -69,6 +69,10 @@ class Source(ABC):
     """What the save took until all was staged, by phase, where another process has measured it."""
 
     @abstractmethod
+    def begin(self) -> None:
+        """Make ready to be taken from. Called once; what goes wrong here is heard by all ranks."""
+
+    @abstractmethod
     def take(self, index: int) -> AbstractContextManager[memoryview]:
         """The bytes of a chunk, page-aligned; what lies behind its end, up to a whole chunk, may be read too."""
 
@@ -87,6 +91,9 @@ class LiveSource(Source):
         self._pool = BufferPool(workers, chunk)
         self._sample = sample
 
+    def begin(self) -> None:
+        wait_for_devices(self._data.tensors.values())
+
     @contextmanager
     def take(self, index: int) -> Iterator[memoryview]:
         start = index * self.chunk
@@ -97,6 +104,13 @@ class LiveSource(Source):
 
     def samples(self) -> Samples:
         return self._sample()
+
+
+def failed_feed(nbytes: int, chunk: int, error: BaseException) -> Feed:
+    """A feed without memory for a file, which all who wait for it hear ``error`` from."""
+    feed = Feed(Buffer(chunk), nbytes, chunk)
+    feed.fail(error)
+    return feed
 
 
 class Feed(Source):
@@ -184,6 +198,9 @@ class Feed(Source):
         return heard
 
     # ---- for who writes
+
+    def begin(self) -> None:
+        pass
 
     @contextmanager
     def take(self, index: int) -> Iterator[memoryview]:

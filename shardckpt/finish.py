@@ -64,6 +64,7 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
     written_at: list[float] = []
 
     def write() -> bytes:
+        source.begin()
         receipt = write_rank_file(store, name, job.header, source, job.block_size, workers=workers, timings=timings)
         samples.append(source.samples())
         written_at.append(perf_counter())

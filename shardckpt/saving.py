@@ -29,7 +29,7 @@ from .options import Options
 from .plan import Plan, make_plan
 from .replicas import replica_groups
 from .root import Root
-from .stage import FileData, FileMap, wait_for_devices
+from .stage import FileData, FileMap
 from .state import Captured, capture
 from .store import Store
 from .tables import Described, encode_table, merge_tables, per_rank_shapes
@@ -163,8 +163,10 @@ class Saver:
     ) -> Saved:
         """Save, straight from the state's tensors; returns when the checkpoint is durable on all ranks. Collective."""
         timings = timings or Timings()
-        prepared = self.prepare(prefix, step, state, metadata, timings)
-        wait_for_devices(prepared.data.tensors.values())
+        return self.finish(self.prepare(prefix, step, state, metadata, timings), timings)
+
+    def finish(self, prepared: Prepared, timings: Timings) -> Saved:
+        """Write straight from the state's tensors, and commit. Collective."""
         source = LiveSource(prepared.data, prepared.plan.chunk, self._options.workers, prepared.sample)
         job, workers = prepared.make_job(), self._options.workers
         digest = finish_save(job, source, self._store, self._coordinator, workers=workers, timings=timings)

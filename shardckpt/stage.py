@@ -126,6 +126,8 @@ class FileMap:
     def __init__(self, pieces: Sequence[FilePiece]) -> None:
         self.nbytes = pieces[-1].offset + pieces[-1].nbytes if pieces else 0
         """Length of the region."""
+        self.names = frozenset(piece.tensor.name for piece in pieces)
+        """Names of the tensors."""
         self._pieces = pieces
         self._cut: dict[int, tuple[tuple[Part, ...], ...]] = {}
 

@@ -16,7 +16,7 @@ import torch
 from shardckpt.device_staging import DeviceStaging
 from shardckpt.errors import CheckpointError, StateChanged
 from shardckpt.failure import describe, rebuild
-from shardckpt.feed import Feed, LiveSource, Samples, Source
+from shardckpt.feed import Feed, LiveSource, Samples, Source, failed_feed
 from shardckpt.gpu import GPU, gpu_of, near, wants_pinning
 from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
 from shardckpt.options import Options
@@ -43,7 +43,7 @@ class Background:
         local_ranks: int,
         *,
         lazy_threads: int = 1,
-        devices: DeviceStaging | None = None,
+        devices: DeviceStaging,
     ) -> None:
         """``lazy_threads`` copy what is staged lazily; with none, it is copied when a step waits for it, as tests want it."""
         self._saver = saver
@@ -52,7 +52,7 @@ class Background:
         self._options = options
         self._threads = max(1, min(options.workers, len(os.sched_getaffinity(0)) // local_ranks))
         self._lazy_threads = lazy_threads
-        self._devices = devices or DeviceStaging()
+        self._devices = devices
         self._gpus: dict[torch.device, GPU | None] = {}
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -73,7 +73,11 @@ class Background:
         Collective. What the call itself gets wrong is raised here; all later errors go to ``progress``.
         """
         prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, self._carrier.notice)
-        source = self._make_source(prepared, progress, state)
+        try:
+            source = self._make_source(prepared, progress, state)
+        except Exception as error:
+            # the other ranks are about to write, so they have to hear of it
+            source = failed_feed(prepared.data.nbytes, prepared.plan.chunk, error)
         self._feed, self._staging = source if isinstance(source, Feed) else None, None
         task = partial(self._finish, prepared, source, progress)
         if isinstance(source, Feed) and not source.is_ring:
@@ -133,25 +137,24 @@ class Background:
     def _make_source(self, prepared: Prepared, progress: Progress, state: Mapping[str, Any]) -> Source:
         data, chunk = prepared.data, prepared.plan.chunk
         if self._options.stage == "none":
-            wait_for_devices(data.tensors.values())
             versions = Versions.of(data.tensors, owned_by_optimizers(state).tensors)
 
             def sample() -> Samples:
                 # asked for when all is written
-                _require_unchanged(versions)
+                _require_unchanged(versions, "With stage='none', change nothing before result() of the handle returns")
                 return prepared.sample()
 
             return LiveSource(data, chunk, self._options.workers, sample)
-        return self._make_feed(data, chunk, progress)
+        return self._make_feed(data, chunk, prepared.attempt, progress)
 
-    def _make_feed(self, data: FileData, chunk: int, progress: Progress) -> Feed:
+    def _make_feed(self, data: FileData, chunk: int, attempt: str, progress: Progress) -> Feed:
         """A feed whose memory, when there is something on a GPU, lies near it and is page-locked."""
         devices = {tensor.device: None for tensor in data.tensors.values() if self._devices.takes(tensor)}
         for device in devices:
             if device not in self._gpus:
                 self._gpus[device] = gpu_of(device)
         with near(next((self._gpus[device] for device in devices), None)):
-            feed = self._carrier.feed(data.nbytes, chunk, progress.staged)
+            feed = self._carrier.feed(data.nbytes, chunk, partial(self._staged, attempt, progress))
             if self._options.pin_memory != "never" and wants_pinning(self._options.pin_memory, devices):
                 try:
                     self._carrier.memory.lock(self._options.pin_memory)
@@ -182,7 +185,7 @@ class Background:
     def _stage_lazily(self, prepared: Prepared, feed: Feed, state: Mapping[str, Any], progress: Progress) -> None:
         data, devices = prepared.data, self._devices
         is_owned = owned_by_optimizers(state)
-        owned = {name: tensor for name, tensor in data.tensors.items() if is_owned(tensor)}
+        owned = {name: data.tensors[name] for name in data.where.names if is_owned(data.tensors[name])}
         stage_at_once(data, feed, devices, self._threads, progress.timings, lambda name: name not in owned)
         # not those on a GPU: to look at them then would wait for all that training has queued there
         late = {name for name, tensor in owned.items() if not devices.takes(tensor)}
@@ -192,7 +195,7 @@ class Background:
         def look() -> None:
             for key, found in prepared.sample(lambda name: name in late).items():
                 samples[key].update(found)
-            _require_unchanged(versions)
+            _require_unchanged(versions, "Call wait_staged() of the handle before changing tensors other than by an optimizer")
 
         def end() -> None:
             try:
@@ -227,11 +230,17 @@ class Background:
         self._feed = self._staging = None
         progress.ended(outcome)
 
+    def _staged(self, attempt: str, progress: Progress) -> None:
+        progress.staged()
+        if self._carrier.is_independent:
+            progress.note_staged(attempt)
+
     def _note(self, attempt: str, source: Source, progress: Progress) -> None:
+        """Write down how far the save is before it is carried out."""
         image = source if isinstance(source, Feed) and not source.is_ring else None
         if image is None or not image.is_staged:
             progress.note_requested(attempt)
-        if image is not None:
+        if image is not None and not self._carrier.is_independent:
             # nothing of it is written before, so it costs no time
             image.wait_over()
             progress.note_staged(attempt)
@@ -243,12 +252,12 @@ def _as_checkpoint_error(error: BaseException) -> CheckpointError:
     return failed
 
 
-def _require_unchanged(versions: Versions) -> None:
+def _require_unchanged(versions: Versions, advice: str) -> None:
     changed = versions.changed()
     if changed:
         more = f" and {len(changed) - 1} more tensors were" if len(changed) > 1 else " was"
         raise StateChanged(
-            f"{changed[0]!r}{more} changed while the save still needed the values. Nothing is committed. Call "
-            "wait_staged() of the handle before changing tensors other than by an optimizer, or save with stage='eager'",
+            f"{changed[0]!r}{more} changed while the save still needed the values. Nothing is committed. {advice}, or save with "
+            "stage='eager'",
             names=changed,
         )

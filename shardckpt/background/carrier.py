@@ -9,10 +9,9 @@ from collections.abc import Callable
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import CheckpointError
 from shardckpt.events import Timings
-from shardckpt.feed import Feed, News, Source, Staged
+from shardckpt.feed import Feed, News, Source, Staged, failed_feed
 from shardckpt.finish import Job, finish_save
 from shardckpt.hostmemory import HostMemory
-from shardckpt.stage import Buffer
 from shardckpt.store import Store
 
 
@@ -21,6 +20,8 @@ class Carrier(ABC):
 
     memory: HostMemory
     """Where the states that it takes over are staged."""
+    is_independent: bool
+    """Whether a save that it has taken over goes on when this process ends."""
 
     @abstractmethod
     def notice(self) -> bytes:
@@ -28,7 +29,8 @@ class Carrier(ABC):
 
     @abstractmethod
     def feed(self, nbytes: int, chunk: int, on_staged: Callable[[], None]) -> Feed:
-        """A feed for a file of ``nbytes`` bytes; ``on_staged`` is called when the save no longer depends on the state.
+        """A feed for a file of ``nbytes`` bytes; ``on_staged`` is called when the save no longer depends on the state, nor
+        on this process, if the carrier is independent: then in the thread that carries.
 
         When there is no memory for it, the feed has failed already, so that the other ranks hear of it.
         """
@@ -47,13 +49,13 @@ def make_feed(memory: HostMemory, nbytes: int, chunk: int, tell: Callable[[News]
     try:
         return Feed(memory.reserve(nbytes, chunk), nbytes, chunk, tell)
     except CheckpointError as error:
-        feed = Feed(Buffer(chunk), nbytes, chunk)
-        feed.fail(error)
-        return feed
+        return failed_feed(nbytes, chunk, error)
 
 
 class ThreadCarrier(Carrier):
     """Finishes saves in the thread that asks for it."""
+
+    is_independent = False
 
     def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, workers: int) -> None:
         self.memory = memory

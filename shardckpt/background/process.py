@@ -39,6 +39,8 @@ _Item: TypeAlias = News | Report | Gone
 class ProcessCarrier(Carrier):
     """Hands saves over to a process of their own, which is started at once and, when it was killed, again for the next save."""
 
+    is_independent = True
+
     def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, timeout: float, workers: int) -> None:
         """``memory`` is shared."""
         self.memory = memory
@@ -55,6 +57,7 @@ class ProcessCarrier(Carrier):
         )
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._on_staged: Callable[[], None] = lambda: None
+        self._feed: Feed | None = None
         self._process = BackgroundProcess(self._setup, self.memory)
 
     def notice(self) -> bytes:
@@ -66,10 +69,14 @@ class ProcessCarrier(Carrier):
     def feed(self, nbytes: int, chunk: int, on_staged: Callable[[], None]) -> Feed:
         # a queue for each save, so that nothing that comes late is taken for news of the next one
         self._items, self._on_staged = queue.SimpleQueue(), on_staged
-        return make_feed(self.memory, nbytes, chunk, self._items.put)
+        self._feed = make_feed(self.memory, nbytes, chunk, self._items.put)
+        return self._feed
 
     def carry(self, job: Job, source: Source, notice: bytes, timings: Timings) -> str:
         assert isinstance(source, Feed)
+        if source is not self._feed:
+            # one that has failed before it was asked for
+            self.feed(0, source.chunk, lambda: None)
         process, meeting = self._running(), _meeting(notice)
         process.begin(job, source, meeting, self._items)
         while True:
@@ -92,6 +99,7 @@ class ProcessCarrier(Carrier):
 
     def close(self) -> None:
         self._process.close()
+        self._feed = None
         self.memory.close()
 
     def _running(self) -> BackgroundProcess:

@@ -172,7 +172,7 @@ def test_saves_do_not_depend_on_the_journal(
         for step in (1, 2, 3):
             assert ckpt.save(step, a_state(step), wait=wait).result().step == step
         assert ckpt.steps() == [2, 3]
-    assert ("the journal cannot tell that step 1" in caplog.text) == (not wait)
+    assert "the journal cannot tell that step 1" in caplog.text
 
 
 def test_a_failed_save_is_the_same_without_the_journal(tmp_path: Path) -> None:
