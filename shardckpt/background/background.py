@@ -257,7 +257,7 @@ def _require_unchanged(versions: Versions, advice: str) -> None:
     if changed:
         more = f" and {len(changed) - 1} more tensors were" if len(changed) > 1 else " was"
         raise StateChanged(
-            f"{changed[0]!r}{more} changed while the save still needed the values. Nothing is committed. {advice}, or save with "
-            "stage='eager'",
+            f"{changed[0]!r}{more} changed while the save still needed the values. Nothing is committed. {advice}, "
+            "or save with stage='eager'",
             names=changed,
         )
