@@ -62,6 +62,12 @@ class Job:
         self.watchdog.cancel()
         return {int(file.name): int(file.read_text()) for file in self.statuses.iterdir()}
 
+    def only_step(self) -> int:
+        """The step that was committed."""
+        steps = committed(self.root)
+        assert len(steps) == 1, f"{steps} are committed; {self.log}"
+        return steps[0]
+
     @property
     def pids(self) -> dict[int, int]:
         return {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d+) begins at \d+, pid (\d+)", self.log)}
@@ -98,7 +104,7 @@ def test_a_signal_to_one_worker_ends_all_at_one_step(root: Path, ranks: int, vic
     job.read_until("rank 0 step 20$")
     os.kill(job.pids[victim], signal.SIGTERM)
     statuses = job.end()
-    (step,) = committed(root)
+    step = job.only_step()
     assert step >= 20
     assert statuses == dict.fromkeys(range(ranks), 128 + signal.SIGTERM), job.log
     assert job.saves == [[step]] * ranks
@@ -115,7 +121,7 @@ def test_a_signal_to_torchrun_ends_all_at_one_step(root: Path, ranks: int, worke
     job.read_until("rank 0 step 20$")
     job.launcher.send_signal(signal.SIGTERM)
     statuses = job.end()
-    (step,) = committed(root)
+    step = job.only_step()
     assert statuses == dict.fromkeys(range(ranks), 128 + signal.SIGTERM), job.log
     assert job.saves == [[step]] * ranks
     assert job.launcher.returncode == 1
