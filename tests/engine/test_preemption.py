@@ -106,16 +106,17 @@ def test_workers_of_data_loaders_die_of_their_parents_signals_only() -> None:
         "signals.install([signal.SIGTERM, signal.SIGUSR1])\n"
         "loaders = [DataLoader(list(range(50)), num_workers=1, persistent_workers=True) for _ in range(2)]\n"
         "batches = [iter(loader) for loader in loaders]\n"
+        "first = [int(next(found)) for found in batches]\n"
         "workers = [found._workers[0] for found in batches]\n"
         "for name in ('TERM', 'USR1'):\n"
         "    subprocess.run(['sh', '-c', f'kill -{name} {workers[0].pid} {workers[1].pid}'], check=True)\n"
-        "print([sum(int(batch) for batch in found) for found in batches])\n"
+        "print(first, [sum(int(batch) for batch in found) for found in batches])\n"
         "workers[0].terminate()\n"
         "workers[0].join(30)\n"
         "print(workers[0].exitcode, workers[1].exitcode)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=90, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "[1225, 1225]\n0 None\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "[0, 0] [1225, 1225]\n0 None\n"), done.stderr
 
 
 @pytest.mark.parametrize(
