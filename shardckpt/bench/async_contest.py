@@ -143,20 +143,19 @@ class AsyncContest:
     def _take_turn(self, entrant: Entrant) -> Turn:
         folder = os.path.join(self._job.folder, entrant.name)
         self._on_one_rank(lambda: os.makedirs(folder, exist_ok=True))
-        self._rest()
+        self._warm_up()
         turn = Turn(contestant=entrant.name, alone=tuple(_slowest([self._train() for _ in range(2 * self._job.steps)])))
-        self._rest()
-        before = memory_now()
+        before = _memory_in_use()
         saver: Saver | None = None
         try:
             with MemoryWatch() as watch:
                 with _all_or_none():
                     saver = entrant.open(folder, self._training)
                 snapshots = [self._save(saver, 0, turn, beside=0)]
+            self._warm_up()
             for number in range(1, 1 + self._job.saves):
                 snapshots.append(self._save(saver, number, turn, beside=self._job.steps))
-            self._rest()
-            turn.memory = int(_slowest([max(watch.peak, memory_now()) - before])[0])
+            turn.memory = int(_slowest([max(watch.peak, _memory_in_use()) - before])[0])
             if entrant.side != NOBODY:
                 for number, snapshot in enumerate(snapshots):
                     self._check(saver, number, snapshot, turn)
@@ -167,6 +166,11 @@ class AsyncContest:
             saver.close()
         self._on_one_rank(partial(empty, folder))
         return turn
+
+    def _warm_up(self) -> None:
+        """Let a step that is not measured get the memory again which was given back."""
+        self._training.step()
+        self._rest()
 
     def _train(self) -> float:
         begun = perf_counter()
@@ -218,7 +222,6 @@ class AsyncContest:
     def _rest(self) -> None:
         """Begin what is measured with nothing left to do for the garbage collector and the file system."""
         gc.collect()
-        give_back_free_memory()
         self._on_one_rank(os.sync)
 
     def _on_one_rank(self, action: Callable[[], None]) -> None:
@@ -276,6 +279,12 @@ class _Lookout:
         except BaseException as error:
             self._error = error
         self._ended_at = perf_counter()
+
+
+def _memory_in_use() -> int:
+    gc.collect()
+    give_back_free_memory()
+    return memory_now()
 
 
 def _time(action: Callable[[], object]) -> float:
