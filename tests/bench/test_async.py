@@ -50,6 +50,7 @@ def spec_of(*contestants: str) -> AsyncSpec:
 # ---- from end to end
 
 
+@pytest.mark.slow
 def test_the_engine_in_every_mode(tmp_path: Path) -> None:
     seen: list[Progress] = []
     report = measure_async(spec_of("no-checkpoints", "shardckpt-*"), str(tmp_path), seen.append)
@@ -66,6 +67,7 @@ def test_the_engine_in_every_mode(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dcp_by_threads(tmp_path: Path) -> None:
     command = ["async", "--size", "400KB", "--rounds", "1", "--saves", "1", "--steps", "1", "--samples", "1", "--json"]
     only = ["--only", "dcp-blocking", "--contestants", "dcp-thread*"]
@@ -197,6 +199,7 @@ def contest_of_liars(report: OnProgress, job: AsyncJob) -> AsyncOutcome:
     return AsyncContest(report, job, entrants).run()
 
 
+@pytest.mark.slow
 def test_those_that_lie_or_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     job = AsyncJob(folder=str(tmp_path), nbytes=SIZE, rounds=1, saves=2, steps=2, samples=1, contestants=(), device="cpu")
     late, *failing, nobody = run_ranks(2, contest_of_liars, job, no_progress)[0].turns

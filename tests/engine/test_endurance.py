@@ -112,8 +112,11 @@ def save_in_a_row(root: str, background: Background, stage: Stage, saves: int) -
 @pytest.mark.parametrize(
     ("background", "stage"),
     [
-        *(("thread", "eager"), ("process", "lazy")),
-        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (("thread", "lazy"), ("process", "eager"))),
+        ("thread", "eager"),
+        *(
+            pytest.param(*kind, marks=pytest.mark.slow)
+            for kind in (("thread", "lazy"), ("process", "eager"), ("process", "lazy"))
+        ),
     ],
 )
 def test_two_hundred_saves_in_a_row(ranks: RankPool, root: Path, background: Background, stage: Stage) -> None:
@@ -156,7 +159,7 @@ def fail_in_a_row(root: str, background: Background) -> tuple[Usage, Usage, int]
     return first, last, failures
 
 
-@pytest.mark.parametrize("background", ["thread", "process"])
+@pytest.mark.parametrize("background", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_saves_that_fail_in_a_row(ranks: RankPool, root: Path, background: Background) -> None:
     for first, last, failures in ranks.run(2, fail_in_a_row, str(root), background, timeout=240, fresh=True):
         assert failures == 59
@@ -201,7 +204,7 @@ def close_a_large_one(root: str, background: Background) -> tuple[Usage, Usage, 
     return before, during, usage_when_as_low_as(before)
 
 
-@pytest.mark.parametrize("background", ["thread", "process"])
+@pytest.mark.parametrize("background", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_memory_returns_after_close(ranks: RankPool, root: Path, background: Background) -> None:
     ((before, during, after),) = ranks.run(1, close_a_large_one, str(root), background, timeout=120, fresh=True)
     assert during.resident - before.resident > 64 << 20
@@ -262,8 +265,22 @@ def die_while_saving(root: str, background: Background, stage: Stage, mark: str,
         return handle.state
 
 
-@pytest.mark.parametrize("victims", [[0, 1], [1]], ids=["all", "one"])
-@pytest.mark.parametrize(("background", "stage"), [("thread", "lazy"), ("process", "eager"), ("process", "lazy")])
+@pytest.mark.parametrize(
+    ("background", "stage", "victims"),
+    [
+        ("process", "eager", [0, 1]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("process", "eager", [1]),
+                ("process", "lazy", [0, 1]),
+                ("process", "lazy", [1]),
+                ("thread", "lazy", [0, 1]),
+                ("thread", "lazy", [1]),
+            )
+        ),
+    ],
+)
 def test_killed_trainers_leave_nothing(
     ranks: RankPool, root: Path, background: Background, stage: Stage, victims: list[int]
 ) -> None:
@@ -298,8 +315,9 @@ if sys.argv[3] == "is replaced":
 @pytest.mark.parametrize(
     ("background", "how"),
     [
-        *(("thread", how) for how in ("ends", "raises")),
-        *(("process", how) for how in ("ends", "raises", "exits at once", "is replaced")),
+        ("process", "ends"),
+        *(pytest.param("thread", how, marks=pytest.mark.slow) for how in ("ends", "raises")),
+        *(pytest.param("process", how, marks=pytest.mark.slow) for how in ("raises", "exits at once", "is replaced")),
     ],
 )
 def test_a_trainer_that_ends_without_closing_leaves_nothing(root: Path, background: str, how: str) -> None:

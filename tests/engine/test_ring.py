@@ -134,7 +134,7 @@ def save_below_a_chunk(root: str, background: Carrier, poor: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("background", "poor"),
-    [("thread", 0), ("thread", 2), pytest.param("process", 0, marks=pytest.mark.slow), ("process", 1)],
+    [("thread", 0), ("thread", 2), *(pytest.param("process", poor, marks=pytest.mark.slow) for poor in (0, 1))],
 )
 def test_less_than_a_chunk_is_an_error_on_all_ranks(ranks: RankPool, tmp_path: Path, background: Carrier, poor: int) -> None:
     """Blocking saves need no such memory."""
