@@ -8,16 +8,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import shardckpt
+from tests.preemption.train import DEADLINE
 
 TRAIN = Path(__file__).with_name("train.py")
-DEADLINE = 120.0
 # Tells the exit status of each rank, and is itself deaf to what torchrun sends to process groups.
 WRAPPER = 'trap "" TERM; "$@"; status=$?; echo $status > "$STATUSES/$RANK"; exit $status'
 
@@ -42,8 +41,6 @@ class Job:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.watchdog = threading.Timer(DEADLINE, self.launcher.kill)
-        self.watchdog.start()
 
     def read_until(self, pattern: str) -> re.Match[str]:
         """Read on to the first line that matches."""
@@ -59,7 +56,6 @@ class Job:
         assert self.launcher.stdout is not None
         self.log += self.launcher.stdout.read()
         self.launcher.wait(DEADLINE)
-        self.watchdog.cancel()
         return {int(file.name): int(file.read_text()) for file in self.statuses.iterdir()}
 
     def only_step(self) -> int:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -17,10 +19,17 @@ from torch.utils.data import DataLoader, TensorDataset
 import shardckpt
 
 SAMPLES = 100_000
+DEADLINE = 100.0
+
+
+def say(line: str) -> None:
+    """Print in one piece, so that the lines of ranks do not mix."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def train(args: argparse.Namespace) -> None:
-    """Print what happens, one line each: ``restored``, ``rank 1 has pid 123``, ``step 7``, ``saved 7``."""
+    """Say what happens: ``rank 1 begins at 1, pid 123``, ``rank 1 saves 7``, ``rank 1 step 7``."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)))
@@ -31,16 +40,16 @@ def train(args: argparse.Namespace) -> None:
         ckpt.on_signal(signal.SIGTERM)
         restored = ckpt.restore(state)
         first = restored.step + 1 if restored else 1
-        print(f"rank {rank} begins at {first}, pid {os.getpid()}", flush=True)
+        say(f"rank {rank} begins at {first}, pid {os.getpid()}")
         for step, (batch,) in zip(range(first, args.steps + 1), loader, strict=False):
             time.sleep(args.pause * (rank + 1))
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()
             if ckpt.should_save(step):
-                print(f"rank {rank} saves {step}", flush=True)
+                say(f"rank {rank} saves {step}")
                 ckpt.save(step, state)
-            print(f"rank {rank} step {step}", flush=True)
+            say(f"rank {rank} step {step}")
 
 
 def main() -> None:
@@ -52,6 +61,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--every-seconds", type=float)
     args = parser.parse_args()
+    # A rank that hangs says where, and ends the job.
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
