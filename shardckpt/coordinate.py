@@ -26,20 +26,7 @@ import torch.distributed as dist
 from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
 from .failure import Failure, describe, rebuild
 from .meeting import GRACE_SECONDS, Address, default_store, late_ranks, network_name, public_host, serve, settle
-from .wire import (
-    Lost,
-    Store,
-    Wire,
-    blame,
-    delete_all,
-    fetch,
-    first_failure,
-    name_ranks,
-    prefix_store,
-    put,
-    tcp_store,
-    wait_for,
-)
+from .wire import Lost, Store, Wire, blame, delete_all, fetch, first_failure, name_ranks, prefix_store, put, tcp_store, wait_for
 
 _LARGEST_PAUSE_SECONDS = 0.25
 
@@ -213,6 +200,14 @@ class Coordinator:
         channel = Coordinator(self.rank, self.world_size, self._timeout, lambda: self.connection(name))
         channel.hosts = self.hosts
         return channel
+
+    def greet(self) -> None:
+        """Connect to rank 0 now, and not when the first round is half over: so its end is noticed in that round at once.
+
+        Raises `RankTimeout` when it is not there.
+        """
+        if self.world_size > 1:
+            self._call(self._timeout + GRACE_SECONDS, lambda store: None)
 
     def connection(self, name: str) -> Store:
         """A connection to the store that all ranks share, with keys under ``name``: for a thread that may block in it.

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-import msgspec
-
 from shardckpt.commit import find_committed
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import BackgroundDied, CheckpointError
@@ -24,11 +22,10 @@ from shardckpt.failure import rebuild
 from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
 from shardckpt.finish import Job
 from shardckpt.hostmemory import HostMemory
-from shardckpt.meeting import Address, network_name, public_host
 from shardckpt.store import Store
-from shardckpt.wire import tcp_store
 
 from .carrier import Carrier, make_feed
+from .meet import announce, meet, understand
 from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Report, Setup, Stop
 
 _START_SECONDS = 120.0
@@ -63,8 +60,7 @@ class ProcessCarrier(Carrier):
     def notice(self) -> bytes:
         if self._setup.rank != 0 or self._setup.world_size == 1:
             return b""
-        port = self._running().wait_for_port()
-        return msgspec.msgpack.encode(Address(network_name(), public_host(), port, None))
+        return announce(self._running().wait_for_port())
 
     def feed(self, nbytes: int, chunk: int, on_staged: Callable[[], None]) -> Feed:
         # a queue for each save, so that nothing that comes late is taken for news of the next one
@@ -77,7 +73,9 @@ class ProcessCarrier(Carrier):
         if source is not self._feed:
             # one that has failed before it was asked for
             self.feed(0, source.chunk, lambda: None)
-        process, meeting = self._running(), _meeting(notice)
+        # on rank 0 no other one than that of which the other ranks were told
+        process = self._process if notice and self._setup.rank == 0 else self._running()
+        meeting = understand(notice)
         process.begin(job, source, meeting, self._items)
         while True:
             match item := self._items.get():
@@ -119,10 +117,7 @@ class ProcessCarrier(Carrier):
             raise error
 
         if setup.rank != 0:
-            host, port = meeting
-            stand_in = Coordinator(setup.rank, setup.world_size, setup.timeout, lambda: tcp_store(host, port, setup.timeout))
-            stand_in.hosts = setup.hosts
-            with stand_in, contextlib.suppress(CheckpointError):
+            with meet(setup, meeting) as stand_in, contextlib.suppress(CheckpointError):
                 stand_in.round("save: write", fail)
         digest = find_committed(self._store, job.prefix, job.attempt)
         if digest is None:
@@ -136,8 +131,8 @@ class BackgroundProcess:
     def __init__(self, setup: Setup, memory: HostMemory) -> None:
         ours, theirs = multiprocessing.Pipe()
         descriptors = (theirs.fileno(), memory.fd or 0)
-        package = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        # what the trainer has found there and in that order, the process finds too
+        path = os.pathsep.join(filter(None, (*map(str, sys.path), str(Path(__file__).parents[2]))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "shardckpt.background", *map(str, descriptors)],
             stdin=subprocess.DEVNULL,
@@ -159,7 +154,7 @@ class BackgroundProcess:
     @property
     def is_running(self) -> bool:
         """Whether it is there, as far as is known."""
-        return not self._gone
+        return not self._gone and self._process.poll() is None
 
     def send(self, order: Order) -> None:
         """Tell it something."""
@@ -215,10 +210,3 @@ class BackgroundProcess:
                 self._changed.notify_all()
                 if self._gone:
                     return
-
-
-def _meeting(notice: bytes) -> tuple[str, int]:
-    if not notice:
-        return "", 0
-    address = msgspec.msgpack.decode(notice, type=Address)
-    return ("localhost" if address.network == network_name() else address.host), address.port

@@ -14,7 +14,6 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from shardckpt.coordinate import Coordinator
 from shardckpt.errors import BackgroundDied, CheckpointError
 from shardckpt.events import Timings
 from shardckpt.failure import describe
@@ -23,8 +22,8 @@ from shardckpt.finish import finish_save
 from shardckpt.meeting import serve
 from shardckpt.stage import Buffer
 from shardckpt.store import Store, open_store
-from shardckpt.wire import tcp_store
 
+from .meet import meet
 from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Setup, Stop
 
 _NICENESS = 10
@@ -83,13 +82,9 @@ class Worker:
 
     def _finish(self, begin: Begin, feed: Feed, server: Any) -> None:
         setup, timings = self._setup, Timings()
-        host, port = begin.meeting
-        coordinator = Coordinator(
-            setup.rank, setup.world_size, setup.timeout, lambda: tcp_store(host, port, setup.timeout), server
-        )
-        coordinator.hosts = setup.hosts
-        with coordinator:
+        with meet(setup, begin.meeting, server) as coordinator:
             try:
+                coordinator.greet()
                 digest = finish_save(begin.job, feed, self._store, coordinator, workers=setup.workers, timings=timings)
                 self._line.send(Done(digest, timings.snapshot()))
             except BaseException as error:
