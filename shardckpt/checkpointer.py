@@ -268,9 +268,11 @@ class Checkpointer:
         """Start a save; what is not the state's fault is raised as the options say."""
         try:
             self._start(progress, state, metadata, wait)
-        except (StoreError, BackgroundDied) as error:
-            progress.ended(error)
-            if wait or self._options.on_error == "raise" or isinstance(error, NotACheckpointRoot):
+        except CheckpointError as error:
+            is_tolerable = isinstance(error, StoreError | BackgroundDied) and not isinstance(error, NotACheckpointRoot)
+            if is_tolerable or progress.is_noted:
+                progress.ended(error)
+            if wait or not is_tolerable or self._options.on_error == "raise":
                 # once, and not at the next call too
                 progress.handle._take_error()
                 raise

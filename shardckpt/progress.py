@@ -34,6 +34,8 @@ class Progress:
         self._journal = journal
         self._on_durable = on_durable
         self._attempt = secrets.token_hex(8)
+        self.is_noted = False
+        """Whether the journal was told that all ranks have agreed on the save."""
 
     def staged(self) -> None:
         """The save no longer depends on the state."""
@@ -41,13 +43,13 @@ class Progress:
 
     def note_requested(self, attempt: str) -> None:
         """Write down that all ranks have agreed on the save."""
-        self._attempt = attempt
+        self._attempt, self.is_noted = attempt, True
         if self._journal is not None:
             self._journal.requested(self.handle.step, attempt)
 
     def note_staged(self, attempt: str) -> None:
         """Write down that this rank, for one, has staged its part."""
-        self._attempt = attempt
+        self._attempt, self.is_noted = attempt, True
         if self._journal is not None:
             self._journal.staged(self.handle.step, attempt)
 
