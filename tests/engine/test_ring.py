@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import errno
 import resource
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,27 +88,6 @@ def test_a_disk_that_fails_ends_the_call(tmp_path: Path) -> None:
             handle.result(PATIENCE)
         assert handle.state == "failed"
     assert [name[:13] for name in files(tmp_path)] == ["step-00000001"] * 2
-
-
-def interrupt(thread: threading.Thread) -> None:
-    """Ctrl-C, as soon as ``thread``, the main one, waits for room."""
-    until_blocked(thread, Feed.room)
-    assert thread.ident is not None
-    signal.pthread_kill(thread.ident, signal.SIGINT)
-
-
-def test_ctrl_c_ends_the_call_and_the_save(tmp_path: Path) -> None:
-    disk = SlowDisk()
-    with checkpointer(tmp_path, disk, host_memory_limit=2 * CHUNK) as ckpt:
-        disk.lower()
-        main = threading.current_thread()
-        interrupting = InThread(lambda: interrupt(main))
-        with pytest.raises(KeyboardInterrupt):
-            ckpt.save(1, large(3.4))
-        interrupting.result()
-        disk.lift()
-        ckpt.save(2, a_state(2)).result(PATIENCE)
-    assert [name[:13] for name in files(tmp_path)] == ["step-00000002"] * 2
 
 
 # ---- too little memory
