@@ -174,9 +174,9 @@ def lose_in_a_save(root: str, victims: list[int]) -> list[Any]:
     with checkpointer(root) as ckpt:
         ckpt.save(1, a_part(1)).result(PATIENCE)
         is_victim, process = dist.get_rank() in victims, background_process()
+        dist.barrier()
         if is_victim:
             process.suspend()
-        dist.barrier()
         handle = ckpt.save(2, a_part(2))
         handle.wait_staged(PATIENCE)
         dist.barrier()
