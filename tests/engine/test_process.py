@@ -18,10 +18,15 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import ConfigError, Options
-from shardckpt.background.process import ProcessCarrier
+from shardckpt.background.process import ProcessCarrier, settle
 from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout, StorageFull, StoreError
 from shardckpt.feed import Feed
+from shardckpt.finish import Job
 from shardckpt.guard import STEP_GUARD
+from shardckpt.layout import Mesh, MeshLayout, Replicate
+from shardckpt.manifest import manifest_digest
+from shardckpt.store import MemoryStore
+from tests.engine.simulate import ATTEMPT, by_hand, save
 from tests.engine.stores import CHUNK, a_state, equal, files, large, loaded
 from tests.engine.usage import MARK, marked_processes
 from tests.engine.waiting import InThread, until, until_blocked
@@ -267,6 +272,30 @@ def test_a_process_that_dies_while_it_is_waited_for(tmp_path: Path) -> None:
     closing.result()
     assert isinstance(handle.error, BackgroundDied)
     assert ckpt.steps() == [1]
+
+
+def test_a_commit_that_nobody_told_of_is_found() -> None:
+    """When a process dies right after it, on the rank itself or on rank 0."""
+    store = MemoryStore("untold")
+    plan = by_hand(1, {"t": ("uint8", MeshLayout((3,), Mesh((0,), (1,)), (Replicate(),)), (0, 1))})
+    saved = save(store, plan, "step-00000007/")
+    died, late = BackgroundDied("it was killed", rank=1), RankTimeout("it is gone", ranks=[0])
+    others_late, full = RankTimeout("it is late", ranks=[1]), StorageFull("no space")
+
+    def job(step: int, attempt: str) -> Job:
+        return Job(prefix=f"step-{step:08}/", step=step, attempt=attempt, header=b"", block_size=1, draft=None)
+
+    for error in (died, late):
+        assert settle(store, job(7, ATTEMPT), error) == manifest_digest(saved.manifest)
+    for error, unsaved in [
+        (died, job(8, ATTEMPT)),
+        (died, job(7, "fedcba9876543210")),
+        (others_late, job(7, ATTEMPT)),
+        (full, job(7, ATTEMPT)),
+    ]:
+        with pytest.raises(type(error)) as caught:
+            settle(store, unsaved, error)
+        assert caught.value is error
 
 
 def fail_to_write(root: str, bad: int) -> list[CheckpointError | None]:
