@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from shardckpt.commit import find_committed
 from shardckpt.coordinate import Coordinator
-from shardckpt.errors import BackgroundDied, CheckpointError
+from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout
 from shardckpt.events import Timings
 from shardckpt.failure import rebuild
 from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
@@ -91,7 +91,7 @@ class ProcessCarrier(Carrier):
                     return digest
                 case Broken(failure, snapshot):
                     timings.merge(snapshot)
-                    raise rebuild(failure)
+                    return settle(self._store, job, rebuild(failure))
                 case Gone():
                     return self._take_over(job, meeting, process.describe_end())
 
@@ -119,10 +119,19 @@ class ProcessCarrier(Carrier):
         if setup.rank != 0:
             with meet(setup, meeting) as stand_in, contextlib.suppress(CheckpointError):
                 stand_in.round("save: write", fail)
-        digest = find_committed(self._store, job.prefix, job.attempt)
-        if digest is None:
-            raise error
-        return digest
+        return settle(self._store, job, error)
+
+
+def settle(store: Store, job: Job, error: CheckpointError) -> str:
+    """The digest of a save that is committed, although ``error`` is all that this rank was told; else raises it.
+
+    A process may die after it has committed and before it has told so: its trainer, or, if it is rank 0's, the others.
+    """
+    is_left_open = isinstance(error, BackgroundDied) or (isinstance(error, RankTimeout) and 0 in error.details.get("ranks", ()))
+    digest = find_committed(store, job.prefix, job.attempt) if is_left_open else None
+    if digest is None:
+        raise error
+    return digest
 
 
 class BackgroundProcess:

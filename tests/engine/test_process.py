@@ -285,8 +285,8 @@ def test_a_commit_that_nobody_told_of_is_found() -> None:
     def job(step: int, attempt: str) -> Job:
         return Job(prefix=f"step-{step:08}/", step=step, attempt=attempt, header=b"", block_size=1, draft=None)
 
-    for error in (died, late):
-        assert settle(store, job(7, ATTEMPT), error) == manifest_digest(saved.manifest)
+    for told in (died, late):
+        assert settle(store, job(7, ATTEMPT), told) == manifest_digest(saved.manifest)
     for error, unsaved in [
         (died, job(8, ATTEMPT)),
         (died, job(7, "fedcba9876543210")),
