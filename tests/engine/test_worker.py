@@ -69,9 +69,13 @@ class Trainer:
     def fill(self, data: bytes) -> None:
         """Stage all of it."""
         slots = self.buffer.size // BLOCK
+        written: set[int] = set()
         for index, start in enumerate(range(0, len(data), BLOCK)):
-            if index >= slots:
-                assert isinstance(self.line.receive(), Written)
+            # two threads write, so chunks are not done in order
+            while index >= slots and index - slots not in written:
+                report = self.line.receive()
+                assert isinstance(report, Written)
+                written.add(report.index)
             part = data[start : start + BLOCK]
             at = index % slots * BLOCK
             self.buffer.bytes[at : at + len(part)] = part
