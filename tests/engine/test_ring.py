@@ -22,10 +22,10 @@ from tests.engine.waiting import InThread, until_blocked
 from tests.ranks import RankPool
 
 Carrier = Literal["thread", "process"]
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
-@pytest.mark.parametrize("background", ["thread", "process"])
+@pytest.mark.parametrize("background", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_what_goes_through_little_memory_is_exact(tmp_path: Path, background: Carrier) -> None:
     options = Options(background=background, host_memory_limit=2 * CHUNK + 100, timeout=PATIENCE)
     with shardckpt.Checkpointer(tmp_path, options=options) as ckpt:
@@ -135,20 +135,19 @@ def no_files_longer_than(nbytes: int) -> Iterator[None]:
 
 
 def test_full_shared_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the system does not give is not taken by force: the state goes through a single chunk, and a log line says so."""
-    with shardckpt.Checkpointer(tmp_path, options=Options(background="process", timeout=PATIENCE)) as ckpt:
-        with no_files_longer_than(6 * CHUNK):
-            handle = ckpt.save(1, large(7.4))
-        assert handle.result(PATIENCE).bytes > 7 * CHUNK
-    assert equal(loaded(tmp_path, 1), large(7.4))
-    assert "bytes of host memory to stage a state in: [Errno 27] File too large" in caplog.text
+    """What the system does not give is not taken by force: the state goes through a single chunk, and a log line says so.
 
-
-def test_no_shared_memory_at_all(tmp_path: Path) -> None:
+    Where there is not even that, the save fails, and the next one tries again.
+    """
     with shardckpt.Checkpointer(tmp_path, options=Options(background="process", timeout=PATIENCE)) as ckpt:
         with no_files_longer_than(CHUNK - 1):
             handle = ckpt.save(1, a_state(1))
         with pytest.raises(HostMemoryError, match="not even 4194304 bytes of host memory"):
             handle.result(PATIENCE)
-        assert ckpt.save(2, a_state(2)).result(PATIENCE).step == 2
+        caplog.clear()
+        with no_files_longer_than(6 * CHUNK):
+            handle = ckpt.save(2, large(7.4))
+        assert handle.result(PATIENCE).bytes > 7 * CHUNK
+        assert "bytes of host memory to stage a state in: [Errno 27] File too large" in caplog.text
+    assert equal(loaded(tmp_path, 2), large(7.4))
     assert {name[:13] for name in files(tmp_path)} == {"step-00000002"}
