@@ -240,6 +240,23 @@ def _connect(port: int, *, is_master: bool) -> Any:
 # What follows runs in the rank processes.
 
 
+def meet(place: str) -> None:
+    """Return when every rank of the case has called it, whatever becomes of the others by then.
+
+    For cases that kill ranks: a rank whose peer dies just behind a ``dist.barrier()`` may not come out of it. Each ``place`` is
+    good for one meeting.
+    """
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 60.0
+    store.add(place, 1)
+    while store.add(place, 0) < dist.get_world_size():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all ranks came to {place!r}")
+        time.sleep(0.002)
+
+
 def _serve(connection: multiprocessing.connection.Connection, port: int, log: str, path: list[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import ConfigError, CoordinationError, RankFailed, RankTimeout, ShapeMismatch, StorageFull
-from tests.ranks import RankDied, RankPool
+from tests.ranks import RankDied, RankPool, meet
 
 MIB = 1 << 20
 # What a rank may be late beyond a deadline: the engine's own allowance, and a slow machine's.
@@ -464,7 +464,7 @@ def die(victim: int, inside: bool) -> tuple[float, str, list[int]]:
         return b""
 
     with joined(timeout=20.0 if victim == 0 else 2.0) as coordinator:
-        dist.barrier()
+        meet("connected")
         if is_rank(victim) and not inside:
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -26,7 +26,7 @@ from shardckpt.coordinate import Coordinator
 from shardckpt.diary import Reason
 from shardckpt.errors import CheckpointerClosed, CoordinationError, RankTimeout
 from shardckpt.wire import tcp_store
-from tests.ranks import RankDied, RankPool
+from tests.ranks import RankDied, RankPool, meet
 
 PATIENCE = 30.0
 MOST_CALLS = 100_000
@@ -256,8 +256,8 @@ def test_real_ranks_agree_on_the_step(ranks: RankPool, world_size: int) -> None:
 
 
 def wait_for_the_dead(victim: int) -> list[int]:
-    with joined(timeout=20.0 if victim == 0 else 1.0) as appointment:
-        dist.barrier()
+    with joined(timeout=20.0 if victim == 0 else 4.0) as appointment:
+        meet("connected")
         if dist.get_rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         appointment.request("every 60 s")

@@ -27,7 +27,7 @@ from shardckpt.errors import StoreError, UnsupportedLeaf
 from shardckpt.journal import DIRECTORY
 from shardckpt.manifest import step_directory
 from tests.engine.usage import MARK, Usage, usage, usage_when_as_low_as, wait_until_ended
-from tests.ranks import RankDied, RankPool
+from tests.ranks import RankDied, RankPool, meet
 from tests.style.source import ROOT
 
 Background = Literal["thread", "process"]
@@ -250,7 +250,7 @@ def test_background_processes_that_are_killed(ranks: RankPool, root: Path) -> No
 
 
 def die_while_saving(root: str, background: Background, stage: Stage, mark: str, victims: list[int]) -> str:
-    """Save, and be killed as soon as the second save is staged; what the others hear of it."""
+    """Save, and be killed as soon as all ranks have staged the second save; what the others hear of it."""
     os.environ[MARK] = mark
     training = Training()
     # a survivor waits that long for what only the other trainer could do
@@ -259,6 +259,7 @@ def die_while_saving(root: str, background: Background, stage: Stage, mark: str,
         ckpt.save(1, training.state).result()
         handle = ckpt.save(2, training.state)
         handle.wait_staged()
+        meet("staged")
         if dist.get_rank() in victims:
             os.kill(os.getpid(), signal.SIGKILL)
         ckpt.wait()
@@ -289,7 +290,7 @@ def test_killed_trainers_leave_nothing(
     outcomes = ranks.run_expecting_errors(
         2, die_while_saving, str(root), background, stage, mark, victims, timeout=200, fresh=True
     )
-    assert [rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, RankDied)] == victims
+    assert [rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, RankDied)] == victims, outcomes
     assert wait_until_ended(mark) == []
     assert {name for name in os.listdir("/dev/shm") if "shardckpt" in name} <= names
     step = shardckpt.load(root).step

@@ -25,7 +25,7 @@ from tests.engine.test_process import Late, background_process, outcome
 from tests.engine.usage import MARK, marked_processes, wait_until_ended
 from tests.engine.waiting import until
 from tests.models import make_job
-from tests.ranks import RankDied, RankPool
+from tests.ranks import RankDied, RankPool, meet
 from tests.style.source import ROOT
 
 PATIENCE = 120.0
@@ -76,7 +76,7 @@ def stage_and_die(root: str, mark: str, victims: list[int]) -> CheckpointError |
         try:
             handle = ckpt.save(2, a_part(2))
             handle.wait_staged(PATIENCE)
-            dist.barrier()
+            meet("staged")
             if dist.get_rank() in victims:
                 os.kill(os.getpid(), signal.SIGKILL)
             until(lambda: all(is_dead(pids[victim]) for victim in victims))
@@ -155,7 +155,7 @@ def die_before_staging(root: str, mark: str, victims: list[int]) -> list[Checkpo
         ckpt.save(1, job.state(), wait=True)
         handle = ckpt.save(2, job.state())
         until(lambda: list(Path(root).glob(f"step-00000002/rank-{rank:05}-*")))
-        dist.barrier()
+        meet("begun")
         if rank in victims:
             os.kill(os.getpid(), signal.SIGKILL)
         return [outcome(handle)]

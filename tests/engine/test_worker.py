@@ -18,7 +18,7 @@ from shardckpt.background.worker import Worker
 from shardckpt.commit import draft_manifest
 from shardckpt.errors import BackgroundDied, HostMemoryError, StorageFull
 from shardckpt.failure import describe, rebuild
-from shardckpt.feed import Failed, Filled, Staged, Written
+from shardckpt.feed import Failed, Filled, Staged, Written, num_chunks
 from shardckpt.finish import Job
 from shardckpt.header import safetensors_header
 from shardckpt.hostmemory import HostMemory
@@ -63,12 +63,13 @@ class Trainer:
             block_size=BLOCK,
             draft=draft_manifest(plan, contents(step, attempt)),
         )
-        self.buffer = self.memory.reserve(nbytes if slots is None else slots * BLOCK, BLOCK)
-        self.line.send(Begin(job=job, nbytes=nbytes, chunk=BLOCK, memory=self.buffer.size, meeting=("", 0)))
+        self.slots = slots or max(1, num_chunks(nbytes, BLOCK))
+        self.buffer = self.memory.reserve(self.slots * BLOCK, BLOCK)
+        self.line.send(Begin(job=job, nbytes=nbytes, chunk=BLOCK, memory=self.slots * BLOCK, meeting=("", 0)))
 
     def fill(self, data: bytes) -> None:
         """Stage all of it."""
-        slots = self.buffer.size // BLOCK
+        slots = self.slots
         written: set[int] = set()
         for index, start in enumerate(range(0, len(data), BLOCK)):
             # two threads write, so chunks are not done in order
