@@ -26,6 +26,8 @@ from shardckpt.coordinate import Coordinator
 from shardckpt.diary import Reason
 from shardckpt.errors import CheckpointerClosed, CoordinationError, RankTimeout
 from shardckpt.wire import tcp_store
+from tests.engine.usage import is_dead
+from tests.engine.waiting import until
 from tests.ranks import RankDied, RankPool, meet
 
 PATIENCE = 30.0
@@ -256,10 +258,14 @@ def test_real_ranks_agree_on_the_step(ranks: RankPool, world_size: int) -> None:
 
 
 def wait_for_the_dead(victim: int) -> list[int]:
-    with joined(timeout=20.0 if victim == 0 else 4.0) as appointment:
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    with joined(timeout=20.0 if victim == 0 else 2.0) as appointment:
         meet("connected")
         if dist.get_rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
+        # it could still answer
+        until(lambda: is_dead(pids[victim]))
         appointment.request("every 60 s")
         try:
             call_until_agreed(appointment)

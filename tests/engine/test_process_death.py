@@ -22,7 +22,7 @@ from shardckpt.device_staging import DeviceCopies, DeviceStaging
 from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout
 from tests.engine.stores import a_state, files, loaded
 from tests.engine.test_process import Late, background_process, outcome
-from tests.engine.usage import MARK, marked_processes, wait_until_ended
+from tests.engine.usage import MARK, is_dead, marked_processes, wait_until_ended
 from tests.engine.waiting import until
 from tests.models import make_job
 from tests.ranks import RankDied, RankPool, meet
@@ -52,13 +52,6 @@ def resume_all(mark: str) -> None:
     """Let suspended processes go on."""
     for process in marked_processes(mark):
         process.resume()
-
-
-def is_dead(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 # ---- after staging

@@ -42,6 +42,14 @@ class Usage:
         return {name: count - then[name] for name, count in self.counts().items() if count > then[name]}
 
 
+def is_dead(pid: int) -> bool:
+    """Whether nothing of that process runs any more, though its parent may not have asked for its status yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def usage() -> Usage:
     """What is taken now."""
     gc.collect()
