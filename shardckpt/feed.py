@@ -11,9 +11,9 @@ from typing import TypeAlias
 
 import msgspec
 
+from .buffer import CHUNK, Buffer
 from .events import Phase
 from .failure import Failure, describe, rebuild
-from .stage import CHUNK, Buffer, BufferPool, FileData, wait_for_devices
 
 Samples = dict[str, dict[str, int]]
 """Digests of a few elements of replicated tensors, by group of ranks and by name; equal where copies are equal."""
@@ -79,31 +79,6 @@ class Source(ABC):
     @abstractmethod
     def samples(self) -> Samples:
         """Digests of this rank's replicas, as of the call of save."""
-
-
-class LiveSource(Source):
-    """Takes bytes from the tensors themselves, through a few buffers."""
-
-    def __init__(self, data: FileData, chunk: int, workers: int, sample: Callable[[], Samples]) -> None:
-        self.nbytes = data.nbytes
-        self.chunk = chunk
-        self._data = data
-        self._pool = BufferPool(workers, chunk)
-        self._sample = sample
-
-    def begin(self) -> None:
-        wait_for_devices(self._data.tensors.values())
-
-    @contextmanager
-    def take(self, index: int) -> Iterator[memoryview]:
-        start = index * self.chunk
-        with self._pool.borrow() as buffer:
-            for part in self._data.where.cut(self.chunk)[index]:
-                self._data.copy(part, buffer, part.offset - start)
-            yield buffer.bytes
-
-    def samples(self) -> Samples:
-        return self._sample()
 
 
 def failed_feed(nbytes: int, chunk: int, error: BaseException) -> Feed:

@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import Literal
 
 from .available import available_memory
+from .buffer import Buffer
 from .errors import ConfigError, HostMemoryError
 from .feed import num_chunks
 from .gpu import pin, unpin
-from .stage import Buffer
 
 logger = logging.getLogger("shardckpt")
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .buffer import CHUNK, Buffer, BufferPool
 from .checksum import damaged_blocks, digests_between
 from .errors import ChecksumMismatch, MissingFile, TruncatedFile
 from .events import Timings
 from .layout import Copy, Piece, intersect
 from .reshard import FileReads
-from .stage import CHUNK, Buffer, BufferPool, as_bytes
+from .stage import as_bytes
 from .store import FileReader, Store
 from .validate import Checkpoint
 

@@ -19,11 +19,12 @@ from .describe import sample_digests
 from .errors import MissingFile
 from .events import Timings
 from .exchange import Exchanged, Statement, exchange
-from .feed import LiveSource, Samples, chunk_size
+from .feed import Samples, chunk_size
 from .finish import Job, finish_save
 from .gpu import MemoryErrorGuard
 from .header import safetensors_header
 from .layout import PerRankLayout
+from .live import LiveSource
 from .manifest import MANIFEST_NAME, Manifest, encode_canonical
 from .options import Options
 from .plan import Plan, make_plan

@@ -17,11 +17,11 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from .buffer import Buffer
 from .layout import GlobalLayout, MeshLayout, PerRankShapes, Piece, cells_over, intersect
 from .plan import Plan, PlannedTensor
 from .read import CheckpointFiles, Chunk, Destination, put
 from .reshard import FileReads, Segment, Want, plan_reads
-from .stage import Buffer
 
 TURN_BYTES = 32 << 20
 """Bytes; upper bound of what a rank sends in one turn, if a digest block allows it."""

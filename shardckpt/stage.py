@@ -1,74 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staging: page-aligned host memory, and the copy of any part of any tensor, or of a rank's file, into it."""
+"""Staging: the copy of any part of any tensor, or of a rank's file, into host memory."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .buffer import Buffer
 from .errors import StateChanged
 from .plan import FilePiece
 from .ravel import copy_range, flat_bytes
-
-CHUNK = 4 << 20
-"""Bytes that are staged, hashed and written in one go, unless a digest block is larger."""
-
-
-class Buffer:
-    """Page-aligned host memory, seen as bytes by Python, numpy and torch. It is given back when nobody refers to it."""
-
-    def __init__(self, size: int, fd: int | None = None) -> None:
-        """Map ``size`` bytes: memory of this process, or of the file ``fd``, which other processes can map too."""
-        self.size = size
-        """Bytes."""
-        if fd is None:
-            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if size >= CHUNK and hasattr(mmap, "MADV_HUGEPAGE"):
-                # a third faster to copy into
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            self._memory = mmap.mmap(fd, size)
-        self.bytes = memoryview(self._memory)
-        """The memory, as bytes."""
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8)
-        """The same as an array."""
-        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-        """The same as a tensor."""
-        self.address: int = self.array.ctypes.data
-        """Where it begins."""
-
-    def keep_from_forks(self) -> None:
-        """Leave the memory out of processes forked from now on: their copy-on-write would move it from under a GPU."""
-        if hasattr(mmap, "MADV_DONTFORK"):
-            self._memory.madvise(mmap.MADV_DONTFORK)
-
-
-class BufferPool:
-    """A bounded number of equal buffers; whoever wants one more waits."""
-
-    def __init__(self, count: int, size: int) -> None:
-        self.size = size
-        """Bytes per buffer."""
-        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(None)
-
-    @contextmanager
-    def borrow(self) -> Iterator[Buffer]:
-        """A buffer for as long as the block lasts; its content is whatever the last user left."""
-        buffer = self._free.get() or Buffer(self.size)
-        try:
-            yield buffer
-        finally:
-            self._free.put(buffer)
 
 
 def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:

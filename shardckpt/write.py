@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import msgspec
 
+from .buffer import Buffer
 from .checksum import block_digests, digest
 from .crew import share_out
 from .events import Timings
 from .feed import Source, num_chunks
-from .stage import Buffer
 from .store import FileWriter, Store
 
 

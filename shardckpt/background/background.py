@@ -16,9 +16,10 @@ import torch
 from shardckpt.device_staging import DeviceStaging
 from shardckpt.errors import CheckpointError, StateChanged
 from shardckpt.failure import describe, rebuild
-from shardckpt.feed import Feed, LiveSource, Samples, Source, failed_feed
+from shardckpt.feed import Feed, Samples, Source, failed_feed
 from shardckpt.gpu import GPU, gpu_of, near, wants_pinning
 from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
+from shardckpt.live import LiveSource
 from shardckpt.options import Options
 from shardckpt.progress import Outcome, Progress
 from shardckpt.saving import Prepared, Saver

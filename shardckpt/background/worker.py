@@ -14,13 +14,13 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
+from shardckpt.buffer import Buffer
 from shardckpt.errors import BackgroundDied, CheckpointError
 from shardckpt.events import Timings
 from shardckpt.failure import describe
 from shardckpt.feed import Failed, Feed, Filled, Staged
 from shardckpt.finish import finish_save
 from shardckpt.meeting import serve
-from shardckpt.stage import Buffer
 from shardckpt.store import Store, open_store
 
 from .meet import meet

@@ -9,8 +9,8 @@ from time import perf_counter
 
 import torch
 
+from ..buffer import Buffer
 from ..gpu import GPU, DeviceCopier, Link, Nvml, near, pin, unpin
-from ..stage import Buffer
 
 STAGED_BYTES = 256 << 20
 _ROUNDS = 4

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from shardckpt.buffer import CHUNK, BufferPool
 from shardckpt.checksum import damaged_blocks, digest, digests_between
 from shardckpt.errors import CheckpointError
 from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.reshard import Extent
-from shardckpt.stage import CHUNK, BufferPool
 from shardckpt.store import FileReader, Store
 
 from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint

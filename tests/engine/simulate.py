@@ -11,7 +11,7 @@ import torch
 
 from shardckpt.commit import Contents, build_manifest, draft_manifest, publish
 from shardckpt.events import Timings
-from shardckpt.feed import LiveSource, chunk_size
+from shardckpt.feed import chunk_size
 from shardckpt.header import safetensors_header
 from shardckpt.layout import (
     ITEMSIZE,
@@ -22,6 +22,7 @@ from shardckpt.layout import (
     PerRankShapes,
     Piece,
 )
+from shardckpt.live import LiveSource
 from shardckpt.manifest import rank_file_name
 from shardckpt.plan import Plan, PlannedTensor, make_plan
 from shardckpt.read import CheckpointFiles, Destination, read_into

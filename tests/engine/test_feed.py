@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardckpt.buffer import Buffer
 from shardckpt.crew import share_out
 from shardckpt.errors import BackgroundDied, RankFailed, StorageFull
 from shardckpt.feed import Failed, Feed, Filled, News, Staged, num_chunks
-from shardckpt.stage import Buffer
 from tests.engine.waiting import InThread, until, until_blocked
 
 CHUNK = 64

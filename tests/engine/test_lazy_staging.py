@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from shardckpt.buffer import Buffer
 from shardckpt.device_staging import DeviceCopies
 from shardckpt.events import Timings
 from shardckpt.feed import Feed
-from shardckpt.stage import Buffer, FileData, FileMap, Part
+from shardckpt.stage import FileData, FileMap, Part
 from shardckpt.staging import LazyStaging
 
 CHUNK = 4096

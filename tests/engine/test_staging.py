@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shardckpt.buffer import Buffer
 from shardckpt.device_staging import DeviceStaging
 from shardckpt.errors import StorageFull
 from shardckpt.events import Timings
 from shardckpt.feed import Feed, Samples
 from shardckpt.layout import ITEMSIZE, GlobalLayout, Mesh, MeshLayout, PerRankShapes, Replicate, Shard, StridedShard
 from shardckpt.plan import Plan
-from shardckpt.stage import Buffer, FileData, FileMap
+from shardckpt.stage import FileData, FileMap
 from shardckpt.staging import stage_at_once, stage_through_ring
 from tests.engine.simulate import by_hand, local_tensors, random_tensors
 from tests.engine.test_feed import drain

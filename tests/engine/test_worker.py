@@ -15,6 +15,7 @@ import torch
 import shardckpt
 from shardckpt.background.messages import Begin, Broken, Done, Gone, Line, Order, Report, Setup, Stop
 from shardckpt.background.worker import Worker
+from shardckpt.buffer import Buffer
 from shardckpt.commit import draft_manifest
 from shardckpt.errors import BackgroundDied, HostMemoryError, StorageFull
 from shardckpt.failure import describe, rebuild
@@ -24,7 +25,6 @@ from shardckpt.header import safetensors_header
 from shardckpt.hostmemory import HostMemory
 from shardckpt.layout import Mesh, MeshLayout, Shard
 from shardckpt.manifest import step_directory
-from shardckpt.stage import Buffer
 from shardckpt.store import LocalStore
 from tests.engine.simulate import by_hand, contents
 from tests.engine.stores import Gate, files

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from shardckpt.buffer import Buffer
 from shardckpt.gpu.copies import DeviceCopier, PendingCopies
 from shardckpt.gpu.pinning import pin, unpin
-from shardckpt.stage import Buffer, gather
+from shardckpt.stage import gather
 from tests.gpu.streams import Lazy
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.buffer import Buffer
 from shardckpt.errors import ConfigError
 from shardckpt.gpu.pinning import PinMemory, launch_kernel, pin, require_cuda, unpin, wants_pinning
 from shardckpt.hostmemory import HostMemory
-from shardckpt.stage import Buffer
 
 CPU, GPU0 = torch.device("cpu"), torch.device("cuda", 0)
 NO_MEMORY, ALREADY_REGISTERED = 2, 712

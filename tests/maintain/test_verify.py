@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.buffer import CHUNK
 from shardckpt.errors import CheckpointNotFound
 from shardckpt.maintain.verify import Problem, verify
 from shardckpt.manifest import HEADER_ALIGNMENT, MANIFEST_NAME, encode_canonical
-from shardckpt.stage import CHUNK
 from shardckpt.store import LocalStore, open_store
 from shardckpt.store.filesystem import FileSystem
 from shardckpt.validate import parse_manifest

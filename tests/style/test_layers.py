@@ -17,7 +17,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("storage", {"store"}),
     ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "metrics", "validate"}),
     ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler", "guard", "ravel", "gpu"}),
-    ("movement", {"available", "stage", "feed", "device_staging", "staging", "hostmemory", "write", "read", "share"}),
+    ("movement", {"available", "buffer", "stage", "feed", "live", "device_staging", "staging", "hostmemory", "write", "read", "share"}),
     (
         "protocol",
         {
