@@ -12,21 +12,35 @@ may write the verdict: rank 0 from the moment that it arrives, or else the first
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-import torch.distributed as dist
 
 from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
 from .failure import Failure, describe, rebuild
-from .meeting import GRACE_SECONDS, Address, default_store, late_ranks, network_name, public_host, serve, settle
+from .meeting import (
+    GRACE_SECONDS,
+    Address,
+    default_store,
+    drop_group,
+    late_ranks,
+    make_group,
+    my_place,
+    network_name,
+    public_host,
+    require_same,
+    serve,
+    settle,
+)
 from .wire import Lost, Store, Wire, blame, delete_all, fetch, first_failure, name_ranks, prefix_store, put, tcp_store, wait_for
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _LARGEST_PAUSE_SECONDS = 0.25
 
@@ -91,28 +105,28 @@ class Coordinator:
         did not come.
         """
         _check_timeout(timeout)
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        rank, world_size = my_place()
+        if world_size == 1:
             return cls(0, 1, timeout, default_store)
-        rank = dist.get_rank()
         with contextlib.closing(Wire(default_store)) as meeting:
             try:
                 # Attempts are counted per rank in the store itself, so that a rank that comes late meets the attempt that
                 # the others gave up, and fails with it, instead of a later one.
                 attempt = meeting.call(timeout, lambda store: store.add(f"shardckpt/coordinator/{rank}", 1))
                 key = f"shardckpt/coordinator/address/{attempt}"
-                return cls._host(meeting, key, timeout) if rank == 0 else cls._join(meeting, key, timeout)
+                return cls._host(meeting, key, world_size, timeout) if rank == 0 else cls._join(meeting, key, timeout)
             except Lost as lost:
                 message = f"rank {rank} cannot use the store of torch.distributed to meet the other ranks: {lost}"
                 raise CoordinationError(message, rank=rank) from None
 
     @classmethod
-    def _host(cls, meeting: Wire, key: str, timeout: float) -> Coordinator:
+    def _host(cls, meeting: Wire, key: str, world_size: int, timeout: float) -> Coordinator:
         coordinator = None
         try:
             server = serve(timeout)
             port = server.port
             settle(meeting, key, Address(network_name(), public_host(), port, None))
-            coordinator = cls(0, dist.get_world_size(), timeout, lambda: tcp_store("localhost", port, timeout), server)
+            coordinator = cls(0, world_size, timeout, lambda: tcp_store("localhost", port, timeout), server)
             coordinator._introduce(timeout)
         except BaseException as error:
             data = msgspec.msgpack.encode(Address("", "", 0, describe(error)))
@@ -137,7 +151,7 @@ class Coordinator:
         address = settle(meeting, key, Address("", "", 0, describe(late)))
         host = "localhost" if address.network == network_name() else address.host
         left = max(deadline - time.monotonic(), GRACE_SECONDS)
-        coordinator = cls(dist.get_rank(), dist.get_world_size(), timeout, lambda: tcp_store(host, address.port, left))
+        coordinator = cls(*my_place(), timeout, lambda: tcp_store(host, address.port, left))
         try:
             coordinator._introduce(left)
         except BaseException:
@@ -224,7 +238,7 @@ class Coordinator:
         if self.world_size > 1 and self._group is None:
             self.round("exchange group")
             try:
-                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout))
+                self._group = make_group(self._timeout)
             except RuntimeError as error:
                 raise CoordinationError(f"rank {self.rank} cannot join a gloo group of all ranks: {error}") from error
         return self._group
@@ -236,9 +250,7 @@ class Coordinator:
                 return
             self._closed = True
             if self._group is not None:
-                # Unknown to torch when the user has destroyed the default group before.
-                with contextlib.suppress(ValueError):
-                    dist.destroy_process_group(self._group)
+                drop_group(self._group)
                 self._group = None
             if self.world_size > 1:
                 with contextlib.suppress(Lost):
@@ -327,7 +339,7 @@ class Coordinator:
         # Whoever posted to this round has read the verdict of the last one.
         spent, self._spent = self._spent, []
         self._call(seconds + GRACE_SECONDS, lambda store: delete_all(store, spent))
-        _check_labels({rank: entry.label for rank, entry in entries.items()})
+        require_same({rank: entry.label for rank, entry in entries.items()})
         if failures:
             raise rebuild(first_failure(failures))
         return [entries[rank].payload for rank in range(self.world_size)]
@@ -381,12 +393,3 @@ def _check_timeout(timeout: float) -> float:
     if not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout must be a positive, finite number of seconds, got {timeout!r}", timeout=repr(timeout))
     return timeout
-
-
-def _check_labels(labels: Mapping[int, str]) -> None:
-    by_label: dict[str, list[int]] = {}
-    for rank, label in labels.items():
-        by_label.setdefault(label, []).append(rank)
-    if len(by_label) > 1:
-        places = "; ".join(f"{label!r}: {name_ranks(ranks)}" for label, ranks in by_label.items())
-        raise CoordinationError(f"ranks are in different operations ({places}); all have to call the same", labels=by_label)

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch.distributed as dist
 
 from .errors import CoordinationError, RankTimeout
 from .failure import Failure, rebuild
 from .wire import Store, Wire, first_failure, name_ranks, tcp_store
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+# Torch is imported where it is needed: background processes meet without it.
 
 GRACE_SECONDS = 5.0
 """How much longer than a deadline one answer of the store may take; also the patience of a farewell."""
@@ -30,7 +37,34 @@ class Address(msgspec.Struct, array_like=True):
 
 def default_store() -> Store:
     """The store of the default process group."""
+    import torch.distributed as dist
+
     return dist.distributed_c10d._get_default_store()
+
+
+def my_place() -> tuple[int, int]:
+    """Rank and world size in the default process group; 0 and 1 without one."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def make_group(timeout: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks. Collective; raises `RuntimeError`."""
+    import torch.distributed as dist
+
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+    return group
+
+
+def drop_group(group: dist.ProcessGroup) -> None:
+    """Leave a group; one that torch does not know, because the user has destroyed the default group before, is left already."""
+    import torch.distributed as dist
+
+    with contextlib.suppress(ValueError):
+        dist.destroy_process_group(group)
 
 
 def settle(meeting: Wire, key: str, address: Address) -> Address:
@@ -75,3 +109,13 @@ def late_ranks(
     if failures:
         message += f" (meanwhile {first_failure(failures).message})"
     return RankTimeout(message, ranks=ranks, label=label, seconds=seconds)
+
+
+def require_same(labels: Mapping[int, str]) -> None:
+    """Raise `CoordinationError` unless all ranks, by rank, are in the round of one label."""
+    by_label: dict[str, list[int]] = {}
+    for rank, label in labels.items():
+        by_label.setdefault(label, []).append(rank)
+    if len(by_label) > 1:
+        places = "; ".join(f"{label!r}: {name_ranks(ranks)}" for label, ranks in by_label.items())
+        raise CoordinationError(f"ranks are in different operations ({places}); all have to call the same", labels=by_label)

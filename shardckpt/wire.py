@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import datetime
 import queue
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeAlias, TypeVar
 
-import torch.distributed as dist
-
 from .failure import Failure
+from .keystore import NotInTime
 
 # TCPStore drops the connection of a client that sends more than 8 MiB in one value.
 _CHUNK_BYTES = 4 << 20
@@ -108,9 +108,17 @@ def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
     try:
         # A timeout of zero would mean none.
         store.wait(keys, datetime.timedelta(seconds=max(seconds, 0.001)))
-    except dist.DistStoreError:
+    except RuntimeError as error:
+        if not _tells_of_time(error):
+            raise
         return False
     return True
+
+
+def _tells_of_time(error: RuntimeError) -> bool:
+    # only a process that has loaded torch can have an error of its
+    dist = sys.modules.get("torch.distributed")
+    return isinstance(error, NotInTime) or (dist is not None and isinstance(error, dist.DistStoreError))
 
 
 def put(store: Store, key: str, data: bytes) -> list[str]:

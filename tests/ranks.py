@@ -248,7 +248,7 @@ def meet(place: str) -> None:
     """
     import torch.distributed as dist
 
-    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    store = dist.distributed_c10d._get_default_store()
     deadline = time.monotonic() + 60.0
     store.add(place, 1)
     while store.add(place, 0) < dist.get_world_size():

@@ -6,8 +6,8 @@ from __future__ import annotations
 import msgspec
 
 from shardckpt.coordinate import Coordinator
+from shardckpt.keystore import KeyClient
 from shardckpt.meeting import Address, network_name, public_host
-from shardckpt.wire import Store, tcp_store
 
 from .messages import Setup
 
@@ -29,10 +29,10 @@ def understand(announcement: bytes) -> tuple[str, int]:
     return ("localhost" if address.network == network_name() else address.host), address.port
 
 
-def meet(setup: Setup, meeting: tuple[str, int], server: Store = None) -> Coordinator:
+def meet(setup: Setup, meeting: tuple[str, int]) -> Coordinator:
     """A coordinator of the background processes of all ranks, for one of them, or for the trainer of one that has died."""
     host, port = meeting
     patience = min(setup.timeout, _DIAL_SECONDS + _DIAL_SECONDS_PER_RANK * setup.world_size)
-    coordinator = Coordinator(setup.rank, setup.world_size, setup.timeout, lambda: tcp_store(host, port, patience), server)
+    coordinator = Coordinator(setup.rank, setup.world_size, setup.timeout, lambda: KeyClient(host, port, patience))
     coordinator.hosts = setup.hosts
     return coordinator

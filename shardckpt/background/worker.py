@@ -7,12 +7,12 @@ of it and the save that is under way is over; a state that was not wholly staged
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 from multiprocessing.connection import Connection
-from typing import Any
 
 from shardckpt.buffer import Buffer
 from shardckpt.errors import BackgroundDied, CheckpointError
@@ -20,7 +20,7 @@ from shardckpt.events import Timings
 from shardckpt.failure import describe
 from shardckpt.feed import Failed, Feed, Filled, Staged
 from shardckpt.finish import finish_save
-from shardckpt.meeting import serve
+from shardckpt.keystore import KeyServer
 from shardckpt.store import Store, open_store
 
 from .meet import meet
@@ -41,7 +41,7 @@ class Worker:
         self._memory: Buffer | None = None
         self._feed: Feed | None = None
         self._thread: threading.Thread | None = None
-        self._server: Any = None
+        self._server: KeyServer | None = None
 
     def run(self) -> None:
         """Follow the trainer's orders until it lets go."""
@@ -63,7 +63,7 @@ class Worker:
     def _listen(self) -> None:
         """Make the store where all ranks will meet for the next save, on rank 0."""
         if self._setup.rank == 0 and self._setup.world_size > 1:
-            self._server = serve(self._setup.timeout)
+            self._server = KeyServer()
             self._line.send(Listening(self._server.port))
 
     def _begin(self, begin: Begin) -> None:
@@ -80,9 +80,9 @@ class Worker:
             self._memory = Buffer(begin.memory, self._memory_fd)
         return self._memory
 
-    def _finish(self, begin: Begin, feed: Feed, server: Any) -> None:
+    def _finish(self, begin: Begin, feed: Feed, server: KeyServer | None) -> None:
         setup, timings = self._setup, Timings()
-        with meet(setup, begin.meeting, server) as coordinator:
+        with contextlib.closing(server) if server else contextlib.nullcontext(), meet(setup, begin.meeting) as coordinator:
             try:
                 coordinator.greet()
                 digest = finish_save(begin.job, feed, self._store, coordinator, workers=setup.workers, timings=timings)

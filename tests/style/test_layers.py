@@ -21,6 +21,7 @@ ROWS: list[tuple[str, set[str]]] = [
     (
         "protocol",
         {
+            "keystore",
             "wire",
             "meeting",
             "coordinate",
