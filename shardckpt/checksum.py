@@ -14,11 +14,17 @@ import xxhash
 from .errors import InvalidManifest
 
 DIGEST_BYTES = 8
+WIDE_DIGEST_DIGITS = 32
 
 
 def digest(data: bytes | memoryview) -> bytes:
     """xxh3-64 of ``data``, big-endian."""
     return xxhash.xxh3_64_digest(data)
+
+
+def wide_digest(data: bytes | memoryview) -> str:
+    """xxh3-128 of ``data``, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def block_digests(data: memoryview, block_size: int) -> bytes:

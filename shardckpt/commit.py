@@ -27,7 +27,7 @@ from .manifest import (
     Manifest,
     MetricsRecord,
     TensorRecord,
-    encode_canonical,
+    encode_manifest,
     manifest_digest,
 )
 from .plan import Plan
@@ -81,6 +81,7 @@ def draft_manifest(plan: Plan, contents: Contents) -> Manifest:
         torch=contents.torch,
         shardckpt=__version__,
         metadata=dict(contents.metadata),
+        checksum="",
     )
 
 
@@ -88,7 +89,7 @@ def build_manifest(draft: Manifest, receipts: Sequence[Receipt], metrics: Metric
     """The manifest of a plan that was carried out; raises `InvalidManifest` if the receipts do not fit the draft."""
     files = tuple(_file_record(rank, receipt) for rank, receipt in enumerate(receipts))
     created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    data = encode_canonical(msgspec.structs.replace(draft, created=created, files=files, metrics=metrics))
+    data = encode_manifest(msgspec.structs.replace(draft, created=created, files=files, metrics=metrics))
     parse_manifest(data)
     return data
 

@@ -2,7 +2,8 @@
 """The manifest: the one JSON document that makes a set of rank files a checkpoint.
 
 A manifest is canonical JSON: structs in field order, mappings sorted by key, no white space, defaults left out. One state of
-a checkpoint therefore has one encoding, and its SHA-256 names it. Reading is in `shardckpt.validate`.
+a checkpoint therefore has one encoding, and its SHA-256 names it. It ends with a checksum of all bytes before, in this and
+every later version, so that a flipped bit is told from a newer format. Reading is in `shardckpt.validate`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from .checksum import WIDE_DIGEST_DIGITS, wide_digest
 from .events import Phase
 
 FORMAT = "shardckpt"
@@ -105,14 +107,35 @@ class Manifest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, k
     shardckpt: str
     metadata: dict[str, Any] = {}
     metrics: MetricsRecord | None = None
+    checksum: str
+    """xxh3-128 of all bytes before these 32 hex digits. Always the last field."""
 
 
+_END = b'"}'
+_SEAL_BYTES = WIDE_DIGEST_DIGITS + len(_END)
 _ENCODER = msgspec.json.Encoder(order="deterministic")
 
 
 def encode_canonical(value: Any) -> bytes:
     """The canonical JSON of a struct or JSON value."""
     return _ENCODER.encode(value)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of a manifest, with the checksum that belongs to it, whatever stood there."""
+    return seal(encode_canonical(msgspec.structs.replace(manifest, checksum="")))
+
+
+def seal(data: bytes) -> bytes:
+    """Fill in the checksum of JSON that ends with an empty one."""
+    covered = data[: -len(_END)]
+    return covered + wide_digest(covered).encode() + _END
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether ``data`` ends with the checksum of what stands before it."""
+    covered, found = memoryview(data)[:-_SEAL_BYTES], data[-_SEAL_BYTES : -len(_END)]
+    return found == wide_digest(covered).encode()
 
 
 def manifest_digest(data: bytes) -> str:

@@ -25,6 +25,7 @@ from .manifest import (
     Manifest,
     TensorRecord,
     encode_canonical,
+    is_sealed,
     manifest_digest,
     rank_file_name,
 )
@@ -68,6 +69,10 @@ def parse_manifest(data: bytes) -> Checkpoint:
     Raises `InvalidManifest` for anything that is not a canonical, self-consistent manifest, and `UnsupportedVersion` for
     one that a newer shardckpt has written.
     """
+    if not is_sealed(data):
+        raise InvalidManifest(
+            "invalid manifest: its bytes do not match the checksum at its end: it was cut, or changed after it was written"
+        )
     _check_version(_decode(data, _Envelope))
     manifest = _decode(data, Manifest)
     if encode_canonical(manifest) != data:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import shardckpt
 from shardckpt.cli.output import age_text, count_text, printable, size_text
-from shardckpt.manifest import MANIFEST_NAME, Manifest, encode_canonical
+from shardckpt.manifest import MANIFEST_NAME, Manifest, encode_manifest
 from tests.cli.run import run
 
 
@@ -62,7 +62,7 @@ def test_names_of_a_hostile_manifest_are_escaped(tmp_path: Path) -> None:
     shardckpt.save(tmp_path, {"victim": torch.ones(2), "value": 1})
     path = tmp_path / MANIFEST_NAME
     text = path.read_bytes().replace(b'"victim"', b'"v\\u001b[2Jm"').replace(b'"value"', b'"v\\u202elue"')
-    path.write_bytes(encode_canonical(msgspec.json.decode(text, type=Manifest)))
+    path.write_bytes(encode_manifest(msgspec.json.decode(text, type=Manifest)))
     for arguments in (["show", "--values"], ["show", "--json"], ["digest", "--tensors"]):
         done = run(*arguments, tmp_path)
         assert all(line.isprintable() for line in done.out.splitlines()), arguments

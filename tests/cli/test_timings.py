@@ -13,7 +13,7 @@ from shardckpt.events import Phase
 from shardckpt.layout import Mesh, MeshLayout, Shard
 from shardckpt.maintain.stored import open_checkpoint
 from shardckpt.maintain.timings import laggards, list_timings
-from shardckpt.manifest import MANIFEST_NAME, encode_canonical
+from shardckpt.manifest import MANIFEST_NAME, encode_manifest
 from shardckpt.metrics import encode_columns
 from shardckpt.store import LocalStore
 from tests.cli.run import run
@@ -30,7 +30,7 @@ def saved(path: Path, seconds: Sequence[Seconds]) -> LocalStore:
     store = LocalStore(path)
     manifest = save(store, by_hand(world_size, {"x": ("float32", layout, (0, 1))})).checkpoint.manifest
     told = msgspec.structs.replace(manifest, metrics=encode_columns(seconds))
-    (path / MANIFEST_NAME).write_bytes(encode_canonical(told))
+    (path / MANIFEST_NAME).write_bytes(encode_manifest(told))
     return store
 
 

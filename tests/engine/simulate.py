@@ -23,7 +23,7 @@ from shardckpt.layout import (
     Piece,
 )
 from shardckpt.live import LiveSource
-from shardckpt.manifest import rank_file_name
+from shardckpt.manifest import rank_file_name, seal
 from shardckpt.plan import Plan, PlannedTensor, make_plan
 from shardckpt.read import CheckpointFiles, Destination, read_into
 from shardckpt.reshard import Want, plan_reads
@@ -161,6 +161,11 @@ def save(store: Store, plan: Plan, prefix: str = "") -> Simulated:
 def manifest_of(plan: Plan, receipts: Sequence[Receipt], attempt: str = ATTEMPT) -> bytes:
     """The manifest that rank 0 builds of receipts."""
     return build_manifest(draft_manifest(plan, contents(attempt=attempt)), receipts)
+
+
+def resealed(text: bytes) -> bytes:
+    """The text of a manifest that was edited, with the checksum that belongs to it."""
+    return seal(text[:-34] + text[-2:])
 
 
 def invented_receipts(plan: Plan, attempt: str = ATTEMPT) -> list[Receipt]:

@@ -25,6 +25,7 @@ from shardckpt.errors import (
     UnsupportedVersion,
 )
 from shardckpt.options import Options
+from tests.engine.simulate import resealed
 from tests.ranks import RankPool
 
 # ---- names that differ by rank, as those of pipeline stages do
@@ -285,7 +286,7 @@ def test_bad_manifests_are_raised_on_all_ranks(
     ranks: RankPool, damaged: Path, old: bytes, new: bytes, kind: type[Exception], message: str
 ) -> None:
     path = damaged / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(old, new))
+    path.write_bytes(resealed(path.read_bytes().replace(old, new)))
     for outcome in ranks.run_expecting_errors(2, load_sharded, str(damaged), 5000, 0, "auto"):
         with pytest.raises(kind, match=message):
             raise outcome

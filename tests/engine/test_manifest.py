@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 
 from shardckpt.commit import read_manifest_bytes
@@ -52,6 +53,8 @@ def test_a_manifest_says_all_there_is_to_say() -> None:
     assert document.pop("created").startswith("20")
     assert document.pop("shardckpt")
     files = document.pop("files")
+    covered = saved.manifest[: -len('0123456789abcdef0123456789abcdef"}')]
+    assert document.pop("checksum") == xxhash.xxh3_128_hexdigest(covered)
     assert document == {
         "format": "shardckpt",
         "version": 1,

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import InvalidManifest
 from shardckpt.events import PHASES, Phase
-from shardckpt.manifest import Manifest, MetricsRecord, encode_canonical
+from shardckpt.manifest import Manifest, MetricsRecord, encode_canonical, encode_manifest
 from shardckpt.metrics import RECORDED, decode_columns, encode_columns
 from shardckpt.store import MemoryStore
 from shardckpt.validate import parse_manifest
-from tests.engine.simulate import by_hand, save
+from tests.engine.simulate import by_hand, resealed, save
 
 WORLD = 3
 seconds_of_a_rank = st.dictionaries(st.sampled_from(PHASES), st.integers(0, (1 << 32) - 1).map(lambda n: n / 1e6))
@@ -36,9 +36,10 @@ def manifest_with(metrics: Any, world_size: int = WORLD) -> bytes:
     """The same with these metrics."""
     document = msgspec.json.decode(manifest_of(world_size)) | {"metrics": metrics}
     try:
-        return encode_canonical(msgspec.convert(document, Manifest))
+        return encode_manifest(msgspec.convert(document, Manifest))
     except msgspec.ValidationError:
-        return msgspec.json.encode(document)
+        document["checksum"] = document.pop("checksum")
+        return resealed(msgspec.json.encode(document))
 
 
 @given(st.lists(seconds_of_a_rank, min_size=1, max_size=9))

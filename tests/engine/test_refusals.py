@@ -13,10 +13,10 @@ import pytest
 
 from shardckpt.errors import InvalidManifest, UnsupportedVersion
 from shardckpt.layout import BoxLayout, FlatLayout, Mesh, MeshLayout, PerRankShapes, Replicate, Shard
-from shardckpt.manifest import Manifest, encode_canonical
+from shardckpt.manifest import Manifest, encode_manifest
 from shardckpt.plan import Plan, PlannedTensor
 from shardckpt.validate import MAX_WORLD_SIZE, parse_manifest
-from tests.engine.simulate import invented_receipts, manifest_of
+from tests.engine.simulate import invented_receipts, manifest_of, resealed
 
 Document = dict[str, Any]
 Edit = Callable[[Document], object]
@@ -47,9 +47,10 @@ def edited(edit: Edit) -> bytes:
     document = json.loads(GOOD)
     edit(document)
     try:
-        return encode_canonical(msgspec.convert(document, Manifest))
+        return encode_manifest(msgspec.convert(document, Manifest))
     except msgspec.ValidationError:
-        return json.dumps(document, separators=(",", ":")).encode()
+        document["checksum"] = document.pop("checksum")
+        return resealed(json.dumps(document, separators=(",", ":")).encode())
 
 
 def put(*path: Any) -> Edit:
@@ -219,21 +220,42 @@ def test_newer_versions_say_what_to_install(edit: Edit, message: str) -> None:
         parse_manifest(edited(edit))
 
 
+CHANGED: dict[str, bytes] = {
+    "nothing": b"",
+    "cut": GOOD[:-1],
+    "cut in half": GOOD[: len(GOOD) // 2],
+    "a list": b"[]",
+    "not JSON": b"PK\x03\x04",
+    "zeros": bytes(len(GOOD)),
+    "bytes at the end": GOOD + b"{}",
+    "a line end": GOOD + b"\n",
+    "another version": GOOD.replace(b'"version":1', b'"version":3'),
+    "another value": GOOD.replace(b'"n":1', b'"n":2'),
+    "checksum in capitals": GOOD[:-34] + GOOD[-34:-2].upper() + GOOD[-2:],
+    "no checksum": GOOD[: GOOD.rindex(b",")] + b"}",
+}
+
+
+@pytest.mark.parametrize("data", CHANGED.values(), ids=CHANGED)
+def test_what_was_changed_after_it_was_written_is_refused(data: bytes) -> None:
+    """Whatever it has become: a flipped bit in the version is not taken for a newer format."""
+    with pytest.raises(InvalidManifest, match="do not match the checksum at its end") as caught:
+        parse_manifest(data)
+    assert not isinstance(caught.value, UnsupportedVersion)
+
+
+# With the right checksum: whoever has written these has done it on purpose, or wrongly.
 TEXT: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "truncated"),
-    "cut": (GOOD[:-1], "truncated"),
-    "cut in half": (GOOD[: len(GOOD) // 2], "invalid manifest"),
-    "a list": (b"[]", "Expected `object`, got `array`"),
-    "not JSON": (b"PK\x03\x04", "malformed"),
+    "a list": (b"[" + GOOD[:-1] + b"]", "Expected `object`, got `array`"),
     "zeros": (bytes(len(GOOD)), "malformed"),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD, "malformed"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "invalid manifest"),
     "not UTF-8": (GOOD.replace(b'"torch":"2', b'"torch":"\xff'), "UTF-8|utf-8"),
     "NaN": (GOOD.replace(b'"n":1', b'"n":NaN'), "malformed"),
-    "bytes at the end": (GOOD + b"{}", "trailing"),
-    "a line end": (GOOD + b"\n", "not canonical"),
+    "bytes at the end": (GOOD + b"{}" + bytes(34), "trailing"),
+    "spaces at the end": (GOOD + b" " * 34, "trailing"),
     "a space": (GOOD.replace(b",", b", ", 1), "not canonical"),
-    "another order": (json.dumps(dict(sorted(json.loads(GOOD).items())), separators=(",", ":")).encode(), "not canonical"),
+    "another order": (GOOD.replace(b'"format":"shardckpt","version":1', b'"version":1,"format":"shardckpt"'), "not canonical"),
     "a key twice": (GOOD.replace(b'"step":7', b'"step":6,"step":7'), "not canonical"),
     "a name twice": (GOOD.replace(b'"tied":{', b'"tied":{"alias":"mesh"},"tied":{'), "not canonical"),
     "an escape": (GOOD.replace(b'"format":"s', b'"format":"\\u0073'), "not canonical"),
@@ -247,18 +269,4 @@ TEXT: dict[str, tuple[bytes, str]] = {
 def test_text_that_is_not_canonical_is_refused(data: bytes, message: str) -> None:
     assert data != GOOD
     with pytest.raises(InvalidManifest, match=message):
-        parse_manifest(data)
-
-
-def test_every_flipped_bit_of_a_manifest_is_refused_or_harmless() -> None:
-    """A bit of a name, a value or a digest cannot be told from a good one here: its SHA-256 and the data tell."""
-    reference = parse_manifest(GOOD)
-    for at in range(0, len(GOOD), 3):
-        data = bytearray(GOOD)
-        data[at] ^= 1 << (at % 7)
-        try:
-            found = parse_manifest(bytes(data))
-        except InvalidManifest:
-            continue
-        assert found.digest != reference.digest
-        assert found.plan.bytes_by_rank.tolist() == reference.plan.bytes_by_rank.tolist()
+        parse_manifest(resealed(data))
