@@ -117,7 +117,7 @@ class Schedule:
     every_seconds: float | None = None
     """This many seconds after the last save began (or `should_save` was first called), by the clock of rank 0."""
     continuous: bool = False
-    """As soon as the last save is durable or has failed; the first at once."""
+    """As soon as the last save is durable; the first at once. After saves that failed, with pauses of 1 s, 2 s, 4 s, ... 5 min."""
     max_overhead: float | None = None
     """The share of the time that saves may cost, 0.02 for two per cent; the first at once.
 

@@ -15,6 +15,8 @@ _STEPS_TO_COMPARE_WITH = 64
 _FEWEST_STEPS_TO_COMPARE_WITH = 5
 # A step that takes longer than so many usual ones (an evaluation, a compilation) says little about saves: it counts as so many.
 _LONGEST_STEP = 4.0
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 300.0
 
 
 class Save(Protocol):
@@ -23,6 +25,10 @@ class Save(Protocol):
     @property
     def stall(self) -> float:
         """Seconds that it has kept training waiting so far."""
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it failed, if it has."""
 
     def done(self) -> bool:
         """Whether it is over."""
@@ -38,6 +44,8 @@ class Pacer:
         self._begun = 0.0
         self._asked = False
         self._save: Save | None = None
+        self._failures = 0
+        """Saves in a row that have failed before this one."""
         self._stall_seen = 0.0
         self._cost: float | None = None
         self._touched = False
@@ -64,6 +72,7 @@ class Pacer:
 
     def save_began(self, save: Save) -> None:
         """``save`` was called for and has returned, whoever wanted it: the time to the next one counts from that call."""
+        self._failures = self._failures_so_far()
         self._begun = self._clock() - save.stall
         self._save, self._stall_seen, self._cost = save, 0.0, None
         self._burdened = []
@@ -81,16 +90,28 @@ class Pacer:
 
     def _due(self, seconds: float) -> str | None:
         schedule = self._schedule
-        if schedule.continuous:
-            return "continuous saves"
         if schedule.every_seconds is not None:
             return f"a save every {schedule.every_seconds:g} s" if seconds >= schedule.every_seconds else None
+        if seconds < self._pause():
+            return None
+        if schedule.continuous:
+            return "continuous saves"
         if self._save is None:
             return "the first of saves with max_overhead"
         cost = self._cost_of_last()
         if schedule.max_overhead is None or cost is None or cost > schedule.max_overhead * seconds:
             return None
         return f"the last save cost {cost:.3g} s, {schedule.max_overhead:.3g} of the {seconds:.3g} s since it began"
+
+    def _pause(self) -> float:
+        """Seconds to leave between saves that fail at once, for example on a full disk: twice as long each time."""
+        failures = self._failures_so_far()
+        return min(_FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 30), _LONGEST_PAUSE_SECONDS) if failures else 0.0
+
+    def _failures_so_far(self) -> int:
+        if self._save is None:
+            return 0
+        return self._failures + 1 if self._save.error is not None else 0
 
     def _cost_of_last(self) -> float | None:
         """Seconds that training lost; None as long as there are too few other steps to compare with."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,11 @@ class FakeSave:
     ends: float
     clock: Callable[[], float]
     stall: float = 0.0
+    fails: bool = False
+
+    @property
+    def error(self) -> Exception | None:
+        return OSError("full") if self.fails and self.done() else None
 
     def done(self) -> bool:
         return self.clock() >= self.ends
@@ -82,6 +88,8 @@ class Training:
         self.saves: list[float] = []
         self.reasons: list[str] = []
         self.useful = 0.0
+        self.fails = False
+        """Whether saves that begin now are going to fail."""
 
     def run(self, steps: int, noise: Callable[[int], float] = lambda _: 1.0) -> Training:
         for number in range(steps):
@@ -103,7 +111,7 @@ class Training:
         begun = self.now
         self.saves.append(begun)
         self.now += self.stall
-        self.save = FakeSave(begun, self.now + self.flight, lambda: self.now, self.stall)
+        self.save = FakeSave(begun, self.now + self.flight, lambda: self.now, self.stall, self.fails)
         self.pacer.save_began(self.save)
 
     @property
@@ -118,7 +126,7 @@ class Training:
 def test_every_so_many_seconds() -> None:
     training = Training(Schedule(every_seconds=60), step=7.0).run(60)
     assert training.saves[0] == 100 + 7 + 63
-    assert {after - before for before, after in zip(training.saves, training.saves[1:], strict=False)} == {63.0}
+    assert set(gaps(training.saves)) == {63.0}
     assert set(training.reasons) == {"a save every 60 s"}
 
 
@@ -131,12 +139,34 @@ def test_a_save_by_hand_restarts_the_clock() -> None:
 
 def test_no_save_is_due_while_one_is_under_way() -> None:
     training = Training(Schedule(every_seconds=10), flight=35.0).run(101)
-    assert [after - before for before, after in zip(training.saves, training.saves[1:], strict=False)] == [35.0, 35.0]
+    assert gaps(training.saves) == [35.0, 35.0]
 
 
 def test_continuous_saves_follow_each_other() -> None:
     training = Training(Schedule(continuous=True), flight=3.5).run(20)
     assert training.saves == [101.0, 105.0, 109.0, 113.0, 117.0]
+
+
+def gaps(saves: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(saves)]
+
+
+def test_saves_that_fail_in_a_row_are_tried_less_and_less_often() -> None:
+    training = Training(Schedule(continuous=True), step=0.5)
+    training.fails = True
+    training.run(3000)
+    assert gaps(training.saves) == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 300.0, 300.0, 300.0]
+    training.fails = False
+    before = len(training.saves)
+    training.run(700)
+    assert gaps(training.saves[before:])[-1] == 0.5
+
+
+def test_cheap_failures_do_not_make_saves_with_a_limited_share_frequent() -> None:
+    training = Training(Schedule(max_overhead=0.5), step=0.25, stall=0.01)
+    training.fails = True
+    training.run(400)
+    assert [round(gap) for gap in gaps(training.saves)][2:] == [4, 8, 16, 32]
 
 
 def test_one_request_is_made_per_save() -> None:
