@@ -12,7 +12,7 @@ undo it: neither the bytes nor the name, nor the name of any directory on the wa
 is promised. A flush that failed is never tried again, because the kernel may have dropped the data that it
 could not write.
 
-**Atomicity.** Only `Store.put_if_absent` is atomic. A file that is still being written by a `FileWriter` may
+**Atomicity.** `Store.put_if_absent` and `Store.replace` are atomic. A file that is still being written by a `FileWriter` may
 be listed and may be read in part; the engine publishes a file by naming it in something that is put with
 `put_if_absent` afterwards.
 
@@ -242,6 +242,15 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def replace(self, name: str, size: int) -> FileWriter:
+        """Start a file of ``size`` bytes that takes the place of ``name``, if that is there, at its `FileWriter.finish`.
+
+        That happens at once: whoever opens the name gets the whole old file or the whole new one. Until then, and after
+        `FileWriter.abort`, the old one is there as it was; after a ``finish`` that failed, either of them. Only for repairs:
+        a save never replaces anything.
+        """
+
+    @abstractmethod
     def open(self, name: str) -> FileReader:
         """Open a file to read. Raises `MissingFile`, and `StoreError` for all but regular files, links included."""
 
@@ -288,3 +297,10 @@ class Store(ABC):
 
         Directories that this leaves empty are removed too, the root excepted.
         """
+
+    def empty_directories(self) -> Sequence[Entry]:
+        """Directories right under the root that have nothing in them: what a process has left that was killed.
+
+        To `delete` a file that is not there, in one of them, removes it. Stores without directories have none.
+        """
+        return ()

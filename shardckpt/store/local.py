@@ -82,6 +82,27 @@ class LocalStore(Store):
             remove=partial(self.delete, name),
         )
 
+    def replace(self, name: str, size: int) -> FileWriter:
+        path = self._path(name)
+        temporary = _temporary_beside(path)
+        flag = self._direct_flag()
+
+        def put_in_place() -> None:
+            with explained("replace", path):
+                self._fs.rename(temporary, path)
+            self._directories.sync_path(os.path.dirname(path))
+
+        return LocalWriter(
+            self._fs,
+            name,
+            size,
+            temporary,
+            self._open_new(temporary, flag),
+            direct=flag != 0,
+            on_durable=put_in_place,
+            remove=partial(self._remove_temporary, temporary),
+        )
+
     def open(self, name: str) -> FileReader:
         path = self._path(name)
         with explained("open", path):
@@ -119,6 +140,18 @@ class LocalStore(Store):
         # Also when it was missing: whoever removed it may have been killed before it came to this.
         self._directories.sync_if_there(directory)
         self._directories.remove_empty(directory)
+
+    def empty_directories(self) -> Sequence[Entry]:
+        found = []
+        with explained("list", self.url), suppress(FileNotFoundError):
+            for leaf in sorted(self._fs.listdir(self.url)):
+                path = os.path.join(self.url, leaf)
+                if name_problem(leaf) is None:
+                    with suppress(FileNotFoundError, NotADirectoryError):
+                        status = self._fs.lstat(path)
+                        if stat.S_ISDIR(status.st_mode) and not self._fs.listdir(path):
+                            found.append(Entry(leaf, 0, status.st_mtime))
+        return found
 
     def _path(self, name: str) -> str:
         return os.path.join(self.url, check_name(name))

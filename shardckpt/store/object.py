@@ -54,6 +54,9 @@ class ObjectStore(Store):
             name=name,
         )
 
+    def replace(self, name: str, size: int) -> FileWriter:
+        return ObjectWriter(self._backend, self.url, check_name(name), size, replaces=True)
+
     def open(self, name: str) -> FileReader:
         check_name(name)
         size, tag = self._head(name)

@@ -58,6 +58,9 @@ class RetryingStore(Store):
     def create(self, name: str, size: int) -> FileWriter:
         return self.persist(lambda: self._store.create(name, size))
 
+    def replace(self, name: str, size: int) -> FileWriter:
+        return self.persist(lambda: self._store.replace(name, size))
+
     def open(self, name: str) -> FileReader:
         return _RetryingReader(self, self.persist(lambda: self._store.open(name)))
 
@@ -69,6 +72,9 @@ class RetryingStore(Store):
 
     def delete(self, name: str) -> None:
         self.persist(lambda: self._store.delete(name))
+
+    def empty_directories(self) -> Sequence[Entry]:
+        return self.persist(self._store.empty_directories)
 
     def persist(self, operation: Callable[[], _T]) -> _T:
         """Call ``operation`` until it returns, or raises what does not pass, or no attempt is left."""

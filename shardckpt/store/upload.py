@@ -44,8 +44,12 @@ class ObjectWriter(FileWriter):
     that removes incomplete multipart uploads.
     """
 
-    def __init__(self, backend: Backend, url: str, name: str, size: int, patience: float = 600.0) -> None:
+    def __init__(
+        self, backend: Backend, url: str, name: str, size: int, patience: float = 600.0, *, replaces: bool = False
+    ) -> None:
+        """With ``replaces``, there may be an object of that name, which stays unless a new one is there whole."""
         super().__init__(name, size)
+        self._replaces = replaces
         self._backend = backend
         self._url = url
         self._patience = patience
@@ -104,7 +108,7 @@ class ObjectWriter(FileWriter):
             )
 
     def _abort(self) -> None:
-        may_exist = self._ending is not None
+        may_exist = self._ending is not None and not self._replaces
         self._end("abort")
         if may_exist:
             try:

@@ -39,6 +39,12 @@ def store_file(store: Store, name: str, data: bytes) -> None:
         writer.finish()
 
 
+def replace_file(store: Store, name: str, data: bytes) -> None:
+    with store.replace(name, len(data)) as writer:
+        write(writer, data)
+        writer.finish()
+
+
 def load_file(store: Store, name: str) -> bytes:
     with store.open(name) as reader:
         data = bytearray(reader.size)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import AlreadyExists, CheckpointError, MissingFile, StoreError, TruncatedFile
 from shardckpt.store import ALIGNMENT, Store, check_name, is_temporary
-from tests.store.helpers import aligned, in_threads, load_file, names, some_bytes, store_file, write
+from tests.store.helpers import aligned, in_threads, load_file, names, replace_file, some_bytes, store_file, write
 
 BAD_NAMES = ["", "/a", "a//b", "a/", "..", "a/../b", ".", "./a", "a\0b", "a\nb", "a\x1bb", "a\\b", "a\u202eb", "\ud800"]
 SIZES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 5 * ALIGNMENT + 17]
@@ -22,6 +22,7 @@ SIZES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 5 * ALIGNMENT + 17]
 def test_bad_names_are_refused_by_every_operation(store: Store, name: str) -> None:
     operations = [
         lambda: store.create(name, 1),
+        lambda: store.replace(name, 1),
         lambda: store.open(name),
         lambda: store.get(name, 1),
         lambda: store.put_if_absent(name, b""),
@@ -151,6 +152,42 @@ def test_create_never_touches_an_existing_file(store: Store) -> None:
     with pytest.raises(AlreadyExists, match="step-1/file"):
         store.create("step-1/file", 3)
     assert load_file(store, "step-1/file") == b"old"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_replacement_shows_when_it_is_whole_and_not_before(store: Store, size: int) -> None:
+    store_file(store, "step-1/file", b"old")
+    with store.open("step-1/file") as before, store.replace("step-1/file", size) as writer:
+        write(writer, some_bytes(size))
+        assert load_file(store, "step-1/file") == b"old"
+        assert [entry.size for entry in store.list() if not is_temporary(entry.name)] == [3]
+        writer.finish()
+        assert before.size == 3
+    assert load_file(store, "step-1/file") == some_bytes(size)
+    assert names(store) == ["step-1/file"]
+    replace_file(store, "step-1/file", b"and again")
+    assert load_file(store, "step-1/file") == b"and again"
+
+
+def test_a_replacement_of_nothing_is_a_new_file(store: Store) -> None:
+    replace_file(store, "step-1/file", b"new")
+    assert load_file(store, "step-1/file") == b"new"
+    assert names(store) == ["step-1/file"]
+
+
+def test_a_replacement_that_is_given_up_leaves_the_old_file(store: Store) -> None:
+    store_file(store, "step-1/file", b"old")
+    with store.replace("step-1/file", 2 * ALIGNMENT) as writer:
+        writer.write_at(0, aligned(bytes(ALIGNMENT)))
+        with pytest.raises(StoreError, match="4096 of 8192 bytes"):
+            writer.finish()
+    with pytest.raises(ZeroDivisionError), store.replace("step-1/file", 10) as writer:
+        write(writer, bytes(10))
+        raise ZeroDivisionError
+    with store.replace("step-1/never", 10) as writer:
+        write(writer, bytes(10))
+    assert load_file(store, "step-1/file") == b"old"
+    assert names(store) == ["step-1/file"]
 
 
 def test_get_checks_the_size_first(store: Store) -> None:

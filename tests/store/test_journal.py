@@ -384,6 +384,9 @@ class Failing(Store):
     def create(self, name: str, size: int) -> FileWriter:
         return self._pass("create").create(name, size)
 
+    def replace(self, name: str, size: int) -> FileWriter:
+        return self._pass("replace").replace(name, size)
+
     def open(self, name: str) -> FileReader:
         return self._pass("open").open(name)
 

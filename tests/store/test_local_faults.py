@@ -12,7 +12,7 @@ import pytest
 from shardckpt.errors import CheckpointError, StorageFull, StoreError
 from shardckpt.store import ALIGNMENT, LocalStore, is_temporary
 from tests.store.faults import Buffered, FaultyFileSystem, Killed, WithoutLinks
-from tests.store.helpers import aligned, load_file, names, some_bytes, store_file, write
+from tests.store.helpers import aligned, load_file, names, replace_file, some_bytes, store_file, write
 
 KINDS = [
     (errno.ENOSPC, StorageFull, "prune older checkpoints"),
@@ -182,3 +182,22 @@ def test_all_errors_carry_plain_details(store: LocalStore, fs: FaultyFileSystem)
     with pytest.raises(CheckpointError) as caught:
         store.open("step-1/file")
     assert caught.value.details == {"operation": "open", "path": f"{store.url}/step-1/file", "errno": "EIO"}
+
+
+def test_a_replacement_is_the_old_file_or_the_new_one_when_it_is_killed_at_any_call(tmp_path: Path) -> None:
+    seen = []
+    for calls in range(100):
+        fs = FaultyFileSystem()
+        store = LocalStore(tmp_path / str(calls), fs)
+        store_file(store, "step-1/file", OLD)
+        fs.die_after(calls)
+        try:
+            replace_file(store, "step-1/file", NEW)
+        except Killed:
+            seen.append(load_file(LocalStore(store.url), "step-1/file"))
+        else:
+            assert load_file(LocalStore(store.url), "step-1/file") == NEW
+            break
+    changed = seen.index(NEW)
+    assert seen == [OLD] * changed + [NEW] * (len(seen) - changed)
+    assert changed > 5

@@ -10,7 +10,7 @@ import pytest
 
 from shardckpt.errors import ConfigError, StoreError
 from shardckpt.store import Entry, FileReader, FileWriter, MemoryStore, RetryingStore, Store
-from tests.store.helpers import load_file, store_file
+from tests.store.helpers import load_file, replace_file, store_file
 
 
 class Troubled(Store):
@@ -31,6 +31,10 @@ class Troubled(Store):
         self.stumble()
         return self.inner.create(name, size)
 
+    def replace(self, name: str, size: int) -> FileWriter:
+        self.stumble()
+        return self.inner.replace(name, size)
+
     def open(self, name: str) -> FileReader:
         self.stumble()
         return self.inner.open(name)
@@ -50,6 +54,7 @@ class Troubled(Store):
 
 OPERATIONS: list[Callable[[Store], object]] = [
     lambda store: store_file(store, "new", b""),
+    lambda store: replace_file(store, "new", b""),
     lambda store: load_file(store, "file"),
     lambda store: store.get("file", 10),
     lambda store: store.put_if_absent("new", b""),
