@@ -70,9 +70,9 @@ class KeyServer:
         handler = asyncio.current_task()
         assert handler is not None
         self._handlers.add(handler)
-        # hangs up on who leaves, and on who sends nonsense
+        # hangs up on who leaves, on who sends nonsense, and on everybody at the end
         try:
-            with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
+            with contextlib.suppress(OSError, EOFError, ValueError, TypeError, asyncio.CancelledError):
                 while True:
                     answer = await self._answer(await _receive(reader))
                     writer.write(_frame(answer))

@@ -171,7 +171,7 @@ def test_many_keys(server: KeyServer) -> None:
 # ---- ends
 
 
-def test_a_store_that_is_closed_hangs_up_on_all(server: KeyServer) -> None:
+def test_a_store_that_is_closed_hangs_up_on_all(server: KeyServer, caplog: pytest.LogCaptureFixture) -> None:
     own = client(server)
     own.set("a", b"")
     waiting = InThread(lambda: client(server).get("never"))
@@ -183,6 +183,7 @@ def test_a_store_that_is_closed_hangs_up_on_all(server: KeyServer) -> None:
     with pytest.raises(ConnectionLost, match=rf"no store at localhost:{server.port}"):
         client(server)
     server.close()
+    assert not caplog.records
     assert not [thread for thread in threading.enumerate() if thread is server._thread]
 
 
