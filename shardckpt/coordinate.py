@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
-from .failure import Failure, describe, rebuild
+from .failure import Failure, describe, note_common, rebuild
 from .meeting import (
     GRACE_SECONDS,
     Address,
@@ -175,6 +175,7 @@ class Coordinator:
         decide: Callable[[list[bytes]], bytes] = lambda payloads: b"",
         *,
         timeout: float | None = None,
+        name: str | None = None,
     ) -> bytes:
         """Run ``produce`` on every rank, ``decide`` on rank 0 with all its results by rank, and return its result everywhere.
 
@@ -183,17 +184,21 @@ class Coordinator:
         did. If ``decide`` raises, every rank does. ``timeout`` (seconds, default: that of `connect`) counts from the
         moment that a rank has its own result; ranks that are not there by then are named by the `RankTimeout` that every rank
         raises. `CoordinationError` tells that ranks are in rounds of different labels.
+
+        A round with a ``name``, which no other one has, does not count: ranks that leave it out are not out of step.
         """
         seconds = self._timeout if timeout is None else _check_timeout(timeout)
         with self._turn(label):
             if self.world_size == 1:
                 return decide([produce()])
-            number = next(self._numbers)
+            number = name or str(next(self._numbers))
             try:
                 payload = produce()
             except Exception as error:
-                with contextlib.suppress(CheckpointError):
+                try:
                     self._take_part(number, _Entry(label, b"", describe(error)), decide, seconds)
+                except CheckpointError as told:
+                    note_common(error, told)
                 raise
             except BaseException as error:
                 with contextlib.suppress(CheckpointError):
@@ -286,18 +291,18 @@ class Coordinator:
             message = f"{name_ranks([0], self.hosts)} is gone or hangs; rank {self.rank} lost its connection to it: {lost}"
             raise RankTimeout(message, ranks=[0]) from None
 
-    def _claim(self, number: int) -> bool:
+    def _claim(self, number: str) -> bool:
         """Whether it is up to this rank to say how the round ends."""
         closer = self._call(GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
         return int(closer) == self.rank
 
-    def _publish(self, number: int, verdict: _Verdict) -> None:
+    def _publish(self, number: str, verdict: _Verdict) -> None:
         data = msgspec.msgpack.encode(verdict)
         keys = self._call(self._timeout + GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
         if self.rank == 0:
             self._spent += [f"{number}/closer", *keys]
 
-    def _leave(self, number: int, entry: _Entry) -> None:
+    def _leave(self, number: str, entry: _Entry) -> None:
         """Post why this process is being stopped, for the others' sake, and wait for nobody."""
         if self.rank != 0:
             data = msgspec.msgpack.encode(entry)
@@ -305,10 +310,10 @@ class Coordinator:
         elif entry.failure is not None and self._claim(number):
             self._publish(number, _Verdict(b"", blame(entry.failure, 0)))
 
-    def _take_part(self, number: int, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
+    def _take_part(self, number: str, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
         return self._lead(number, entry, decide, seconds) if self.rank == 0 else self._follow(number, entry, seconds)
 
-    def _lead(self, number: int, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
+    def _lead(self, number: str, entry: _Entry, decide: Callable[[list[bytes]], bytes], seconds: float) -> bytes:
         if not self._claim(number):
             return self._obey(number, entry.label, seconds)
         try:
@@ -321,7 +326,7 @@ class Coordinator:
         self._publish(number, _Verdict(payload, None))
         return payload
 
-    def _collect(self, number: int, own: _Entry, seconds: float) -> list[bytes]:
+    def _collect(self, number: str, own: _Entry, seconds: float) -> list[bytes]:
         """The payloads of all ranks; raises what there is to tell when one is late, failed, or in another round."""
         keys = {rank: f"{number}/{rank}" for rank in range(1, self.world_size)}
 
@@ -344,7 +349,7 @@ class Coordinator:
             raise rebuild(first_failure(failures))
         return [entries[rank].payload for rank in range(self.world_size)]
 
-    def _follow(self, number: int, entry: _Entry, seconds: float) -> bytes:
+    def _follow(self, number: str, entry: _Entry, seconds: float) -> bytes:
         data = msgspec.msgpack.encode(entry)
         spent, self._spent = self._spent, []
         deadline = time.monotonic() + seconds
@@ -364,7 +369,7 @@ class Coordinator:
         # Without a verdict by now, rank 0 came after this rank and still gives the others their time.
         return self._obey(number, entry.label, seconds)
 
-    def _obey(self, number: int, label: str, seconds: float) -> bytes:
+    def _obey(self, number: str, label: str, seconds: float) -> bytes:
         def take(store: Store) -> bytes | None:
             key = f"{number}/verdict"
             return fetch(store, [key])[0] if wait_for(store, [key], seconds) else None

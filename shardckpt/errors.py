@@ -19,6 +19,7 @@
     |-- IntegrityError              what is stored is not what was saved
     |   |-- InvalidManifest         the manifest breaks the format
     |   |   `-- UnsupportedVersion  the manifest is from a newer version, or needs an unknown feature
+    |   |-- InvalidParity           the record of a checkpoint's parity files breaks the format, or is of another checkpoint
     |   |-- ChecksumMismatch        data does not match its digest
     |   |-- TruncatedFile           a file is shorter than what the manifest says
     |   |-- MissingFile             a file that the manifest names is not there
@@ -57,6 +58,12 @@ class CheckpointError(Exception):
         super().__init__(message)
         self.message = message
         self.details = details
+
+    def add(self, sentence: str, **details: Any) -> None:
+        """Say more: a sentence at the end of the message, and details."""
+        self.message = f"{self.message}. {sentence}"
+        self.args = (self.message,)
+        self.details.update(details)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,6 +133,10 @@ class InvalidManifest(IntegrityError):
 
 class UnsupportedVersion(InvalidManifest):
     """The manifest is from a newer version of shardckpt, or needs a feature that this one does not know."""
+
+
+class InvalidParity(IntegrityError):
+    """The record of a checkpoint's parity files breaks the format or belongs to another checkpoint; the data may be intact."""
 
 
 class ChecksumMismatch(IntegrityError):

@@ -33,6 +33,20 @@ def describe(error: BaseException) -> Failure:
     return failure
 
 
+def note_common(error: Exception, told: CheckpointError) -> None:
+    """Note in this rank's own ``error`` what all ranks were told of their round."""
+    error.__dict__["told"] = told
+
+
+def common(error: Exception) -> Exception:
+    """The error that all ranks have in common that raised in one round: what they were told; ``error`` if that is what it is.
+
+    Ranks that go on differently after different errors part ways; after this one they do not.
+    """
+    told: Exception = error.__dict__.get("told", error)
+    return told
+
+
 def rebuild(failure: Failure) -> CheckpointError:
     """The error that a failure describes."""
     return error_from_wire(failure.kind, failure.message, failure.details)

@@ -18,9 +18,10 @@ import numpy as np
 from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
-from .errors import MissingNames
+from .errors import CheckpointError, MissingNames
 from .events import Sink, Timings
 from .exchange import Statement, exchange
+from .failure import Failure, common, describe
 from .guard import STEP_GUARD
 from .layout import FlatLayout
 from .options import Options
@@ -31,7 +32,6 @@ from .store import Store
 from .tables import Described, encode_table, merge_tables
 from .targets import LoadTarget, Selection, Targets
 from .validate import Checkpoint, parse_manifest
-from .values import decode_value
 
 logger = logging.getLogger("shardckpt")
 _PACK = msgspec.msgpack.Encoder()
@@ -64,6 +64,8 @@ class RestoreInfo:
     """Per-rank names that keep this rank's values, because the checkpoint is of fewer ranks."""
     metadata: Mapping[str, Any]
     """The mapping that was given to the save."""
+    skipped: tuple[tuple[int, str], ...] = ()
+    """(step, what is wrong with it) of newer steps that are damaged (``fallback=True``), the newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class _Decision(msgspec.Struct):
 
 
 class Load:
-    """One load, on one rank; collective."""
+    """One load, on one rank; collective. What it leaves behind when it fails, it tells."""
 
     def __init__(
         self,
@@ -107,7 +109,9 @@ class Load:
         selection: Selection,
         options: Options,
         sink: Sink | None = None,
+        refill: Collection[str] = (),
     ) -> None:
+        """``refill``: names of the target that hold a part of another checkpoint by now, so that this one has to fill them."""
         self._begun = perf_counter()
         self._timings = Timings()
         self._sink = sink or Sink()
@@ -116,32 +120,50 @@ class Load:
         self._prefix = prefix
         self._selection = selection
         self._options = options
+        self._refill = refill
+        self.manifest = b""
+        """The bytes of the manifest, whether they are good or not, on a rank that has read them from the storage."""
+        self.filled: set[str] = set()
+        """Names of the caller's tensors on this rank that hold something of the checkpoint by now, or all of it."""
+        self.failure: Failure | None = None
+        """The error of a load that failed, the same on all ranks."""
+
+    def run(self, state: Mapping[str, Any] | None) -> Restored:
+        """Load into ``state`` in place, or, when it is None, into a new state of plain CPU tensors.
+
+        Errors have the detail ``partly_filled`` when tensors of the caller's on this rank do not hold what they held before.
+        """
+        try:
+            self._open()
+            if state is not None:
+                # a save of the same tensors may still be copying them
+                STEP_GUARD.wait()
+            with self._files:
+                return self._run(state)
+        except Exception as error:
+            self.failure = describe(common(error))
+            self._tell_of_mixture(error)
+            raise
+
+    def _open(self) -> None:
         checkpoints: list[Checkpoint] = []
 
         @self._timings.measure("plan")
         def read_manifest() -> bytes:
-            data = read_manifest_bytes(store, prefix, selection.expect_digest)
-            checkpoints.append(parse_manifest(data))
+            self.manifest = read_manifest_bytes(self._store, self._prefix, self._selection.expect_digest)
+            checkpoints.append(parse_manifest(self.manifest))
             self._check_patterns(checkpoints[0])
-            if selection.keys is None:
+            if self._selection.keys is None:
                 # by one listing, before any rank overwrites what its target holds; parts do with the files that they need
-                CheckpointFiles(store, prefix, checkpoints[0]).require_sizes()
-            return data
+                CheckpointFiles(self._store, self._prefix, checkpoints[0]).require_sizes()
+            return self.manifest
 
-        data = coordinator.broadcast("load: manifest", read_manifest)
+        data = self._coordinator.broadcast("load: manifest", read_manifest)
         with self._timings.measure("plan"):
             self._checkpoint = checkpoints[0] if checkpoints else parse_manifest(data)
         self._plan = self._checkpoint.plan
-        self._files = CheckpointFiles(store, prefix, self._checkpoint, self._timings)
-        self._targets = Targets(self._checkpoint, self._files, coordinator.rank, selection)
-
-    def run(self, state: Mapping[str, Any] | None) -> Restored:
-        """Load into ``state`` in place, or, when it is None, into a new state of plain CPU tensors."""
-        if state is not None:
-            # a save of the same tensors may still be copying them
-            STEP_GUARD.wait()
-        with self._files:
-            return self._run(state)
+        self._files = CheckpointFiles(self._store, self._prefix, self._checkpoint, self._timings, self.filled)
+        self._targets = Targets(self._checkpoint, self._files, self._coordinator.rank, self._selection)
 
     def _run(self, state: Mapping[str, Any] | None) -> Restored:
         coordinator = self._coordinator
@@ -153,9 +175,11 @@ class Load:
         @self._timings.measure("plan")
         def prepare() -> bytes:
             targets.append(self._targets.make() if state is None else self._targets.open(state))
+            self._require_refill(targets[0])
             for leaf in targets[0].wanted:
                 wants.append(self._targets.want(len(wants), leaf))
-                destinations[len(destinations)] = Destination(leaf.data, wants[-1].piece)
+                name = leaf.name if state is not None else ""
+                destinations[len(destinations)] = Destination(leaf.data, wants[-1].piece, name)
             reads.extend(plan_reads(self._plan, wants))
             needed = sum(want.piece.numel * want.tensor.itemsize for want in wants)
             used, unexpected = self._mark(targets[0].used), self._mark(targets[0].unexpected)
@@ -189,6 +213,32 @@ class Load:
 
         coordinator.round("load: put back", finish)
         return self._report(targets[0], restored[0], decision, bytes_read)
+
+    def _tell_of_mixture(self, error: Exception) -> None:
+        """Name the tensors that an error leaves with something of this checkpoint."""
+        names = sorted(self.filled)
+        if not names:
+            return
+        warning = (
+            f"On rank {self._coordinator.rank} {_some(names)} were filled before, wholly or in part: the target now "
+            "holds a mixture and must not be trained on. Restore an intact step into it, or build it anew"
+        )
+        if isinstance(error, CheckpointError):
+            error.add(warning, partly_filled=names)
+        else:
+            logger.error("%s/%s: %s", self._store.url, self._prefix, warning)
+
+    def _require_refill(self, target: LoadTarget) -> None:
+        """Refuse to leave tensors with a part of another checkpoint."""
+        left = sorted(set(self._refill) - {leaf.name for leaf in target.wanted})
+        if left:
+            raise MissingNames(
+                f"{_some(left)}: filled in part from a newer step that turned out to be damaged, and not in "
+                f"{self._store.url}/{self._prefix}, so they would hold a mixture. Build the target anew, and restore this step "
+                "by number",
+                missing=left,
+                unexpected=[],
+            )
 
     def _decide(self, payloads: list[bytes]) -> bytes:
         """On rank 0: whether the names fit, and whether to read every block once and pass it on."""
@@ -251,7 +301,7 @@ class Load:
             missing=tuple(target.missing),
             unexpected=decision.unexpected,
             kept=tuple(target.kept),
-            metadata=decode_value(manifest.metadata, "metadata"),
+            metadata=self._targets.metadata,
         )
         url, gigabytes = f"{self._store.url}/{self._prefix}".rstrip("/"), bytes_read / 1e9
         speed = gigabytes / info.seconds

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .buffer import CHUNK, Buffer, BufferPool
-from .checksum import damaged_blocks, digests_between
+from .checksum import damaged_blocks, digest, digests_between
 from .errors import ChecksumMismatch, MissingFile, TruncatedFile
 from .events import Timings
 from .layout import Copy, Piece, intersect
@@ -46,6 +46,8 @@ class Destination:
     """This rank's tensor, of any device and strides; one-dimensional for a window."""
     piece: Piece
     """Which elements of the global tensor it holds."""
+    name: str = ""
+    """Of the target, if it is one of the caller's: to be told when it is left with a part of what it was to hold."""
 
 
 def cut_chunks(reads: Iterable[FileReads], size: int) -> Iterator[Chunk]:
@@ -71,8 +73,10 @@ def read_into(
             segments = list(chunk.reads.segments_in(chunk.start, chunk.stop))
             with source.timings.measure("place", sum(high - low for _, low, high in segments)):
                 for segment, low, high in segments:
+                    destination = destinations[segment.want.key]
+                    source.note_filled(destination)
                     part = memoryview(buffer.bytes)[low - chunk.start : high - chunk.start]
-                    place(part, segment.want.tensor.dtype, segment.part(low, high), destinations[segment.want.key])
+                    place(part, segment.want.tensor.dtype, segment.part(low, high), destination)
 
     chunks = list(cut_chunks(reads, source.chunk_size))
     source.expect(chunks)
@@ -83,7 +87,14 @@ def read_into(
 class CheckpointFiles:
     """The rank files of a checkpoint, opened when they are first needed, and read with verification."""
 
-    def __init__(self, store: Store, prefix: str, checkpoint: Checkpoint, timings: Timings | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        checkpoint: Checkpoint,
+        timings: Timings | None = None,
+        filled: set[str] | None = None,
+    ) -> None:
         self._store = store
         self._prefix = prefix
         self._checkpoint = checkpoint
@@ -93,9 +104,15 @@ class CheckpointFiles:
         self.chunk_size = max(CHUNK, checkpoint.plan.block_size)
         """Bytes per chunk."""
         self.bytes_read = 0
-        """Bytes that were read from storage so far."""
+        """Bytes of data that were read from storage so far."""
+        self._filled = set() if filled is None else filled
         self.timings = timings or Timings()
         """What was spent on reading and verifying; whoever places data adds to it."""
+
+    def note_filled(self, destination: Destination) -> None:
+        """Say that something is placed there now."""
+        if destination.name:
+            self._filled.add(destination.name)
 
     def expect(self, chunks: Iterable[Chunk]) -> None:
         """Count the chunks of each file, so that a file can be closed after its last one."""
@@ -103,19 +120,26 @@ class CheckpointFiles:
             self._left[chunk.reads.file] = self._left.get(chunk.reads.file, 0) + 1
 
     def read_verified(self, chunk: Chunk, buffer: Buffer) -> None:
-        """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved."""
+        """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved.
+
+        The header is verified with the first bytes of data, so a load of all data verifies all headers.
+        """
         file = chunk.reads.file
         record = self._checkpoint.manifest.files[file]
         data = buffer.bytes[: chunk.stop - chunk.start]
+        # no load needs the header: it is read only where it costs no request of its own
+        header = memoryview(bytearray(record.data if chunk.start == 0 else 0))
         with self.timings.measure("read", len(data)):
-            self._reader(file).read_at(record.data + chunk.start, [data])
+            self._reader(file).read_at(record.data + chunk.start - len(header), [header, data])
+        if header and digest(header).hex() != record.header:
+            raise self._changed(file, 0, record.data)
         block_size = self._checkpoint.plan.block_size
         wanted = digests_between(self._checkpoint.digests[file], chunk.start, chunk.stop, block_size)
         with self.timings.measure("verify", len(data)):
             damaged = damaged_blocks(data, block_size, wanted)
         if damaged:
             start = chunk.start + damaged[0] * block_size
-            self._refuse(chunk, record.data, start, min(start + block_size, chunk.stop))
+            raise self._changed(file, record.data + start, record.data + min(start + block_size, chunk.stop))
         with self._lock:
             self.bytes_read += len(data)
             self._left[file] -= 1
@@ -175,17 +199,20 @@ class CheckpointFiles:
             got=got,
         )
 
-    def _refuse(self, chunk: Chunk, data: int, start: int, stop: int) -> None:
-        name = f"{self._prefix}{self._checkpoint.manifest.files[chunk.reads.file].name}"
-        pieces = self._checkpoint.plan.file_pieces(chunk.reads.file)
-        tensors = [p.tensor.name for p in pieces if p.offset < stop and p.offset + p.nbytes > start]
-        raise ChecksumMismatch(
-            f"{name} in {self._store.url}: bytes [{data + start}, {data + stop}) do not match their digest. They hold "
-            f"{', '.join(repr(t) for t in tensors[:4])}{' and more' if len(tensors) > 4 else ''}. "
+    def _changed(self, file: int, start: int, stop: int) -> ChecksumMismatch:
+        """The error for bytes ``[start, stop)`` of a file; the header tells of all tensors of the file."""
+        record = self._checkpoint.manifest.files[file]
+        name, low, high = f"{self._prefix}{record.name}", start - record.data, stop - record.data
+        pieces = self._checkpoint.plan.file_pieces(file)
+        tensors = [p.tensor.name for p in pieces if high <= 0 or (p.offset < high and p.offset + p.nbytes > low)]
+        some = ", ".join(repr(tensor) for tensor in tensors[:4])
+        return ChecksumMismatch(
+            f"{name} in {self._store.url}: bytes [{start}, {stop}) do not match their digest. They "
+            f"{'hold' if high > 0 else 'are the header of'} {some}{' and more' if len(tensors) > 4 else ''}. "
             "The data was changed after it was saved; restore another step",
             name=name,
-            start=data + start,
-            stop=data + stop,
+            start=start,
+            stop=stop,
             tensors=tensors,
         )
 

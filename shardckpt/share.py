@@ -218,7 +218,9 @@ class SharedRead:
                 for copy in intersect(parcel.part, parcel.piece):
                     stop = at + prod(copy.sizes) * dtype.itemsize
                     elements = received[at:stop].view(dtype).view(copy.sizes)
-                    put(self._destinations[parcel.want.key], copy, elements)
+                    destination = self._destinations[parcel.want.key]
+                    self._files.note_filled(destination)
+                    put(destination, copy, elements)
                     at = stop
             start += _size(parcels)
 

@@ -3,28 +3,36 @@
 
 After `parse_manifest` the document is canonical, every layout describes a tensor that can exist, the pieces cover every
 tensor exactly, and the files have just the sizes that follow from them. The work grows with tensors + ranks + blocks.
+
+Whoever wrote the document may mean harm, so nothing that it says is believed before it is checked. What it makes a loader
+compute or hold is bounded by its own length: a rank takes a record of its file, and 16 MiB of data take a digest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import msgspec
 
 from .checksum import DIGEST_BYTES, decode_digests
 from .errors import InvalidManifest, UnsupportedVersion
-from .layout import GlobalLayout, MeshLayout, Replicated
+from .layout import GlobalLayout, MeshLayout, PerRankShapes, Replicated, StridedShard
 from .manifest import (
+    DEPTH_LIMIT,
     FILE_PATTERN,
     FORMAT,
     HEADER_ALIGNMENT,
+    MANIFEST_LIMIT,
     VERSION,
     FileRecord,
     Manifest,
     TensorRecord,
     encode_canonical,
+    is_name,
     is_sealed,
     manifest_digest,
     rank_file_name,
@@ -35,7 +43,14 @@ from .records import LayoutDecoder, check_cover, require
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_WORLD_SIZE = 1 << 20
-MAX_HEADER = 1 << 30
+MAX_NESTING = 4 * DEPTH_LIMIT
+"""Levels of JSON that a value may have: up to three for each of its own, and some for where it stands."""
+MAX_WORK = 1 << 28
+"""Numbers that planning may compute, over all distinct layouts; a million take about 0.1 s."""
+MAX_BYTES = 1 << 62
+"""Of all tensors together, so that no sum of sizes overflows."""
+MAX_HEADER = 100_000_000
+"""Bytes; readers of safetensors refuse longer ones."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,14 @@ class Checkpoint:
         return tuple(decode_digests(file.digests, f"files[{rank}]") for rank, file in enumerate(self.manifest.files))
 
 
+_BOM = b"\xef\xbb\xbf"
+_INT64 = range(-(1 << 63), 1 << 63)
+_QUOTED = 200
+"""Characters of a message that come from the document."""
+_LAYOUT_WORK = 64
+"""What a layout costs beside what it costs for each rank, in numbers."""
+
+
 class _Envelope(msgspec.Struct):
     """The fields that say whether the rest can be understood."""
 
@@ -69,6 +92,7 @@ def parse_manifest(data: bytes) -> Checkpoint:
     Raises `InvalidManifest` for anything that is not a canonical, self-consistent manifest, and `UnsupportedVersion` for
     one that a newer shardckpt has written.
     """
+    require(len(data) <= MANIFEST_LIMIT, "size", f"{len(data)} bytes, more than the {MANIFEST_LIMIT} that are read at most")
     if not is_sealed(data):
         raise InvalidManifest(
             "invalid manifest: its bytes do not match the checksum at its end: it was cut, or changed after it was written"
@@ -81,7 +105,10 @@ def parse_manifest(data: bytes) -> Checkpoint:
             "after the end); it was changed after it was written"
         )
     require(0 < manifest.world_size <= MAX_WORLD_SIZE, "world_size", f"{manifest.world_size}")
+    # before all that takes memory for each rank
+    require(len(manifest.files) == manifest.world_size, "files", f"{len(manifest.files)} for {manifest.world_size} ranks")
     require(_is_block_size(manifest.block_size), "block_size", f"{manifest.block_size} is no power of two up to {MAX_BLOCK}")
+    _check_values(manifest)
     plan = _check_tensors(manifest)
     _check_files(manifest, plan)
     if manifest.metrics is not None:
@@ -90,14 +117,23 @@ def parse_manifest(data: bytes) -> Checkpoint:
 
 
 def _decode(data: bytes, kind: type[msgspec.Struct]) -> Any:
+    require(not data.startswith(_BOM), "text", "it starts with a byte order mark")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidManifest(f"invalid manifest: {error}") from None
+    except RecursionError:
+        raise InvalidManifest("invalid manifest: nested too deep to be decoded") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # of a field that is not known the message has the name, which may be long and may steer a terminal
+        raise InvalidManifest(f"invalid manifest: {_quoted(str(error))}") from None
+
+
+def _quoted(text: str) -> str:
+    """``text`` as it can be printed on one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_QUOTED])
 
 
 def _check_version(envelope: _Envelope) -> None:
-    require(envelope.format == FORMAT, "format", f"{envelope.format!r} is not {FORMAT!r}")
+    require(envelope.format == FORMAT, "format", f"{envelope.format[:_QUOTED]!r} is not {FORMAT!r}")
     if envelope.version != VERSION:
         raise UnsupportedVersion(
             f"the checkpoint has format version {envelope.version}, this shardckpt reads version {VERSION}. "
@@ -107,13 +143,29 @@ def _check_version(envelope: _Envelope) -> None:
     unknown = sorted(set(envelope.features) - KNOWN_FEATURES)
     if unknown:
         raise UnsupportedVersion(
-            f"the checkpoint needs features that this shardckpt does not know: {unknown}. Install a newer shardckpt",
+            f"the checkpoint needs features that this shardckpt does not know: {_quoted(str(unknown))}. "
+            "Install a newer shardckpt",
             features=unknown,
         )
 
 
 def _is_block_size(size: int) -> bool:
     return HEADER_ALIGNMENT <= size <= MAX_BLOCK and size & (size - 1) == 0
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Refuse what no value is encoded as; what its tags mean is checked where it is decoded."""
+    for where, names in (("objects", manifest.objects), ("containers", manifest.containers), ("tensors", manifest.tensors)):
+        for name in names:
+            require(is_name(name), where, f"{name[:_QUOTED]!r} is no name")
+    pending: list[tuple[Any, int]] = [(manifest.objects, 0), (manifest.containers, 0), (manifest.metadata, 0)]
+    while pending:
+        value, depth = pending.pop()
+        require(depth <= MAX_NESTING, "values", f"nested deeper than {MAX_NESTING} levels")
+        if isinstance(value, dict | list):
+            pending += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, int):
+            require(value in _INT64, "values", "an integer beyond 64 bits")
 
 
 def _check_tensors(manifest: Manifest) -> Plan:
@@ -125,7 +177,30 @@ def _check_tensors(manifest: Manifest) -> Plan:
             aliases[name] = _check_alias(name, record, manifest)
         else:
             planned.append(_check_tensor(name, record, decoder, manifest.world_size))
+    _check_costs(planned, manifest.world_size)
     return Plan(manifest.world_size, planned, aliases, manifest.block_size)
+
+
+def _check_costs(planned: Sequence[PlannedTensor], world_size: int) -> None:
+    """Refuse tensors whose sizes cannot be added up, or only in a very long time, before anybody tries."""
+    total = sum(_nbytes(tensor, world_size) for tensor in planned)
+    require(total < MAX_BYTES, "tensors", f"{total} bytes in all overflow")
+    # the decoder makes one object of equal layouts
+    distinct = {(id(tensor.layout), tensor.writers): tensor.layout for tensor in planned}
+    work = 0
+    for layout in distinct.values():
+        if isinstance(layout, MeshLayout):
+            parts = sum(p.split_factor for p in layout.placements if isinstance(p, StridedShard))
+            work += (_LAYOUT_WORK + len(layout.mesh.ranks)) * (1 + parts)
+    require(work <= MAX_WORK, "tensors", f"{len(distinct)} distinct layouts are too much to plan with")
+
+
+def _nbytes(tensor: PlannedTensor, world_size: int) -> int:
+    layout = tensor.layout
+    if not isinstance(layout, PerRankShapes):
+        return prod(layout.shape) * tensor.itemsize
+    numel = sum(prod(shape) for shape in layout.shapes if shape is not None)
+    return numel * tensor.itemsize * (world_size if len(layout.shapes) == 1 else 1)
 
 
 def _check_alias(name: str, record: TensorRecord, manifest: Manifest) -> str:
@@ -154,7 +229,6 @@ def _check_tensor(name: str, record: TensorRecord, decoder: LayoutDecoder, world
 
 
 def _check_files(manifest: Manifest, plan: Plan) -> None:
-    require(len(manifest.files) == manifest.world_size, "files", f"{len(manifest.files)} for {manifest.world_size} ranks")
     for rank, (file, data_bytes) in enumerate(zip(manifest.files, plan.bytes_by_rank.tolist(), strict=True)):
         where = f"files[{rank}]"
         require(file.rank == rank, where, f"rank {file.rank} in the place of rank {rank}")
