@@ -25,6 +25,9 @@ MANIFEST_LIMIT = 256 << 20
 HEADER_ALIGNMENT = 4096
 """Data in a rank file starts at a multiple of this many bytes."""
 
+DEPTH_LIMIT = 64
+"""Most containers inside each other, of a value and of a whole state."""
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -141,6 +144,17 @@ def is_sealed(data: bytes) -> bool:
 def manifest_digest(data: bytes) -> str:
     """SHA-256 of a manifest's bytes, in hex: what `shardckpt.save` returns and ``expect_digest`` takes."""
     return hashlib.sha256(data).hexdigest()
+
+
+# ---- names in a state
+
+_NAME_PART = r"(?:[^/~\x00-\x1f\x7f-\x9f\u2028\u2029]|~[01])+"
+_NAME = re.compile(f"{_NAME_PART}(?:/{_NAME_PART})*")
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can be the name of a leaf or a container: escaped keys, none empty or with a control character."""
+    return _NAME.fullmatch(text) is not None and text.count("/") < DEPTH_LIMIT
 
 
 # ---- names in a root

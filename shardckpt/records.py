@@ -34,6 +34,12 @@ from .manifest import LayoutRecord, MeshRecord, TensorRecord
 
 MAX_MESH_DIMS = 16
 MAX_TENSOR_DIMS = 64
+MAX_MESH_RANKS = 1 << 22
+"""Ranks of all meshes of a manifest together: a regular mesh is a few bytes there, and a number per rank in memory."""
+MAX_SPLITS = 1 << 13
+"""Product of the split factors of a layout: a shard has up to so many pieces."""
+BOX_TESTS = 512
+"""Pairs of boxes, per box, that are tried for overlap. Grids of up to 512 x 512 boxes need no more."""
 
 
 def encode_placement(placement: Placement) -> str:
@@ -120,6 +126,7 @@ class LayoutDecoder:
 
     def __init__(self, meshes: tuple[MeshRecord, ...], layouts: tuple[LayoutRecord, ...], world_size: int) -> None:
         self._world_size = world_size
+        self._mesh_ranks = 0
         self._meshes = [self._mesh(f"meshes[{at}]", record) for at, record in enumerate(meshes)]
         self._layouts = [self._placements(f"layouts[{at}]", record) for at, record in enumerate(layouts)]
         self._known: dict[tuple[Ints, int], MeshLayout] = {}
@@ -128,6 +135,8 @@ class LayoutDecoder:
         size = checked_volume(where, record.shape, 1)
         require(len(record.shape) <= MAX_MESH_DIMS, where, f"{len(record.shape)} dimensions")
         require(0 < size <= self._world_size, where, f"{size} ranks in a world of {self._world_size}")
+        self._mesh_ranks += size
+        require(self._mesh_ranks <= MAX_MESH_RANKS, where, f"meshes of more than {MAX_MESH_RANKS} ranks in all")
         if record.ranks is not None:
             require(record.strides is None and record.start == 0, where, "both listed and regular")
             ranks = record.ranks
@@ -143,11 +152,13 @@ class LayoutDecoder:
     def _placements(self, where: str, record: LayoutRecord) -> tuple[Mesh, tuple[Placement, ...]]:
         require(record.mesh < len(self._meshes), where, f"mesh {record.mesh} does not exist")
         mesh = self._meshes[record.mesh]
+        require(len(record.placements) == len(mesh.shape), where, "one placement per mesh dimension is needed")
         try:
             placements = tuple(decode_placement(text) for text in record.placements)
         except ValueError as error:
             raise InvalidManifest(f"invalid manifest: {where}: {error}") from None
-        require(len(placements) == len(mesh.shape), where, "one placement per mesh dimension is needed")
+        splits = prod(placement.split_factor for placement in placements if isinstance(placement, StridedShard))
+        require(splits <= MAX_SPLITS, where, f"shards of {splits} pieces, where {MAX_SPLITS} are the most")
         return mesh, placements
 
     def decode(self, name: str, record: TensorRecord) -> GlobalLayout | Layout:
@@ -219,31 +230,35 @@ def check_cover(where: str, layout: GlobalLayout) -> None:
         require(covered == numel, where, f"flat ranges cover {covered} of {numel} elements")
     elif isinstance(layout, BoxLayout):
         boxes = [(offsets, sizes) for _, offsets, sizes in layout.boxes]
-        require(_tile(boxes, prod(layout.shape)), where, f"boxes do not cover {layout.shape} exactly")
+        volume = sum(prod(sizes) for _, sizes in boxes)
+        require(volume == prod(layout.shape), where, f"boxes do not cover {layout.shape} exactly")
+        _check_disjoint(where, [box for box in boxes if prod(box[1])])
         require(boxes == sorted(boxes), where, "boxes are not sorted")
 
 
-def _tile(boxes: list[tuple[Ints, Ints]], numel: int) -> bool:
-    """Whether boxes inside a tensor of ``numel`` elements cover it exactly: volumes add up, and none overlap."""
-    if sum(prod(sizes) for _, sizes in boxes) != numel:
-        return False
+def _check_disjoint(where: str, boxes: list[tuple[Ints, Ints]]) -> None:
+    """Refuse boxes that overlap, and ones that lie so that this would take long to find out. None of them is empty."""
+    if len(boxes) < 2:
+        return
+    # along the dimension with most borders the fewest boxes stand side by side
+    along = max(range(len(boxes[0][0])), key=lambda dim: len({offsets[dim] for offsets, _ in boxes}))
     active: list[tuple[Ints, Ints]] = []
-    for offsets, sizes in sorted(box for box in boxes if prod(box[1])):
-        if not offsets:
-            continue
-        active = [(o, n) for o, n in active if o[0] + n[0] > offsets[0]]
-        if any(intersect_boxes(o, n, offsets, sizes) for o, n in active):
-            return False
+    left = BOX_TESTS * len(boxes)
+    for offsets, sizes in sorted(boxes, key=lambda box: box[0][along]):
+        active = [(o, n) for o, n in active if o[along] + n[along] > offsets[along]]
+        left -= len(active)
+        require(left >= 0, where, f"{len(boxes)} boxes, too many of them side by side")
+        clash = next((o for o, n in active if intersect_boxes(o, n, offsets, sizes)), None)
+        require(clash is None, where, f"boxes at {clash} and {offsets} overlap")
         active.append((offsets, sizes))
-    return True
 
 
 def checked_volume(where: str, shape: Ints, itemsize: int) -> int:
-    """Number of elements of ``shape``; refuses a tensor that could not exist."""
+    """Number of elements of ``shape``; refuses a tensor whose bytes or strides do not fit 62 bits."""
     require(len(shape) <= MAX_TENSOR_DIMS, where, f"{len(shape)} dimensions")
-    numel = prod(shape)
-    require(numel * itemsize < 1 << 62, where, f"shape {shape} overflows")
-    return numel
+    # an empty tensor has strides too
+    require(prod(max(1, size) for size in shape) * itemsize < 1 << 62, where, f"shape {shape} overflows")
+    return prod(shape)
 
 
 def require(condition: bool, where: str, problem: str) -> None:

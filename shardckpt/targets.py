@@ -79,6 +79,8 @@ class Targets:
         self._files = files
         self._rank = rank
         self._selection = selection
+        self.metadata: Mapping[str, Any] = decode_value(checkpoint.manifest.metadata, "metadata")
+        """The mapping that was given to the save; decoded before anything is put into a target."""
 
     def open(self, state: Mapping[str, Any]) -> LoadTarget:
         """A state of the caller's, to be filled in place."""
@@ -143,7 +145,7 @@ class Targets:
         read_into(self._files, reads, {0: Destination(text, piece)}, workers=1)
         try:
             return decode_value(msgspec.json.decode(text.numpy().tobytes()), tensor.name)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InvalidManifest(f"value {tensor.name!r} of rank {rank} is not JSON: {error}", name=tensor.name) from None
 
     def want(self, key: int, leaf: LocalTensor) -> Want:

@@ -17,7 +17,8 @@ from typing import Any
 
 from .errors import InvalidManifest, StateError
 from .layout import GlobalLayout, Ints, PerRankShapes
-from .values import DEPTH_LIMIT, Container, key_text
+from .manifest import DEPTH_LIMIT
+from .values import Container
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BAD_ESCAPE = re.compile("~(?![01])")
@@ -91,7 +92,7 @@ def _branch(nodes: dict[str, dict[str, Any]], leaves: Mapping[str, Any], path: s
 
 
 def _rebuild(nodes: dict[str, dict[str, Any]], path: str, container: Container) -> None:
-    stray = nodes[path].keys() - {key_text(key) for key in container.keys}
+    stray = container.strangers(nodes[path])
     if stray:
         raise InvalidManifest(
             f"invalid manifest: container {path!r} has no key {min(stray)!r}, and a name is below it", name=path

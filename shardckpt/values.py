@@ -15,20 +15,21 @@ import re
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
 from typing import Any, Literal, cast
 
 from .errors import InvalidManifest, UnsupportedLeaf
+from .manifest import DEPTH_LIMIT
 
 Value = Any
 """None, bool, int, float, str, bytes; list, tuple, dict, Counter of values; torch.dtype, torch.Size, torch.device."""
 
-DEPTH_LIMIT = 64
-"""Most containers inside each other, of a value and of a whole state."""
-
+_MOST_ITEMS = 1 << 24
+"""Items of a list or tuple that holds tensors."""
+_PLACE_DIGITS = len(str(_MOST_ITEMS))
 _INT64 = range(-(1 << 63), 1 << 63)
 _SUPPORTED = "None, bool, int, float, str, bytes, and lists, tuples and dicts of them"
 
@@ -39,20 +40,31 @@ class Container:
 
     kind: Literal["list", "tuple", "dict"]
     """What to build."""
-    keys: tuple[Any, ...]
-    """The keys of a dict in order; ``0 .. n-1`` for the others."""
+    keys: Sequence[Any]
+    """The keys of a dict in order, as a tuple; ``range(n)`` for the others, which takes no memory on a record's word."""
 
     @classmethod
     def of(cls, kind: Literal["list", "tuple"], size: int) -> Container:
         """The record of a list or tuple of ``size`` items."""
-        return cls(kind, tuple(range(size)))
+        return cls(kind, range(size))
 
     def build(self, children: Mapping[str, Any]) -> Any:
         """The container; one of which only some children are there becomes a dict of those."""
-        found = {key: children[key_text(key)] for key in self.keys if key_text(key) in children}
-        if self.kind == "dict" or len(found) < len(self.keys):
-            return found
-        return list(found.values()) if self.kind == "list" else tuple(found.values())
+        if self.kind == "dict":
+            return {key: children[text] for key in self.keys if (text := key_text(key)) in children}
+        items = {at: children[str(at)] for at in sorted(int(part) for part in children if self._is_place(part))}
+        if len(items) < len(self.keys):
+            return items
+        return list(items.values()) if self.kind == "list" else tuple(items.values())
+
+    def strangers(self, parts: Iterable[str]) -> set[str]:
+        """Those of ``parts`` that are the text of none of its keys."""
+        if self.kind == "dict":
+            return set(parts) - {key_text(key) for key in self.keys}
+        return {part for part in parts if not self._is_place(part)}
+
+    def _is_place(self, part: str) -> bool:
+        return len(part) <= _PLACE_DIGITS and part.isdecimal() and str(int(part)) == part and int(part) in self.keys
 
 
 def key_text(key: Any) -> str:
@@ -215,7 +227,7 @@ def _checked(decode: Callable[[str], Value], text: str, data: Any, where: str) -
     """``decode(text)``, which must encode to ``data`` again: one value has one encoding."""
     try:
         value = decode(text)
-    except (ValueError, RuntimeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise _invalid(where, f"bad {data['$']!r}: {error}") from None
     _require(encode_value(value) == data, where, f"{data['$']!r} is not in its canonical form")
     return value
@@ -227,7 +239,7 @@ def _decode_pairs(tag: str, pairs: list[Any], where: str, depth: int) -> Value:
     for key_data, item in pairs:
         key = _decode(key_data, where, depth + 1)
         _require(_is_hashable(key), where, f"a {type(key).__name__} cannot be a key")
-        _require(key not in found, where, f"key {key!r} comes twice")
+        _require(key not in found, where, "a key comes twice")
         found[key] = _decode(item, where, depth + 1)
     if tag == "counter":
         return Counter(found)
@@ -239,7 +251,7 @@ def _decode_container(data: dict[str, Any], where: str, depth: int) -> Container
     _require(set(data) == {"$", "kind", "v"}, where, "a container has just '$', 'kind' and 'v'")
     kind, keys = data["kind"], data["v"]
     if kind in ("list", "tuple"):
-        _require(type(keys) is int and 0 <= keys <= 1 << 24, where, "a container without its size")
+        _require(type(keys) is int and 0 <= keys <= _MOST_ITEMS, where, "a container without its size")
         return Container.of(kind, keys)
     _require(kind == "dict" and isinstance(keys, list), where, f"unknown kind of container {kind!r}")
     decoded = [_decode(key, where, depth + 1) for key in keys]
@@ -306,7 +318,8 @@ def _decode_dtype(text: str) -> Any:
     if re.fullmatch("[a-z][a-z0-9_]{0,31}", text) is None:
         raise ValueError(f"{text!r} is no dtype")
     torch = _load_torch()
-    dtype = getattr(torch, text)
+    # not by getattr, for which torch would import modules
+    dtype = vars(torch).get(text)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{text!r} is no dtype")
     return dtype

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DuplicateName, StateError
+from ..manifest import DEPTH_LIMIT
 from ..tree import child, escape
-from ..values import DEPTH_LIMIT, Container, is_scalar, key_text
+from ..values import Container, is_scalar, key_text
 
 Finish = Callable[[], Any]
 """Puts back what was loaded, once all tensors are filled, and returns what then stands in the state."""

@@ -241,7 +241,7 @@ MISMATCHES: list[tuple[str, Sequence[Sequence[Described]], str, list[int] | None
     (
         "boxes that overlap",
         both(BoxLayout((4, 2), ((0, (0, 0), (2, 2)),)), BoxLayout((4, 2), ((1, (1, 0), (2, 2)),))),
-        "boxes do not cover .4, 2. exactly",
+        r"boxes at \(0, 0\) and \(1, 0\) overlap",
         None,
     ),
     (

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.errors import InvalidManifest, UnsupportedLeaf
-from shardckpt.values import DEPTH_LIMIT, Container, decode_value, encode_value
+from shardckpt.manifest import DEPTH_LIMIT
+from shardckpt.values import Container, decode_value, encode_value
 from tests.state.memory import through_json
 
 SCALARS = st.one_of(
