@@ -127,10 +127,12 @@ class CheckpointFiles:
         file = chunk.reads.file
         record = self._checkpoint.manifest.files[file]
         data = buffer.bytes[: chunk.stop - chunk.start]
+        # opened before memory is taken on the manifest's word: only a file of the right size gets past it
+        reader = self._reader(file)
         # no load needs the header: it is read only where it costs no request of its own
         header = memoryview(bytearray(record.data if chunk.start == 0 else 0))
         with self.timings.measure("read", len(data)):
-            self._reader(file).read_at(record.data + chunk.start - len(header), [header, data])
+            reader.read_at(record.data + chunk.start - len(header), [header, data])
         if header and digest(header).hex() != record.header:
             raise self._changed(file, 0, record.data)
         block_size = self._checkpoint.plan.block_size
