@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
 
 from .buffer import CHUNK, Buffer
+from .changes import Changes
+from .crew import share_out
 from .events import Phase
 from .failure import Failure, describe, rebuild
 
 Samples = dict[str, dict[str, int]]
 """Digests of a few elements of replicated tensors, by group of ranks and by name; equal where copies are equal."""
+Digest: TypeAlias = Callable[[memoryview], bytes]
+"""What takes the digests of the blocks of a chunk."""
 
 
 def chunk_size(block_size: int) -> int:
@@ -30,9 +34,11 @@ def num_chunks(nbytes: int, chunk: int) -> int:
 
 
 class Filled(msgspec.Struct, frozen=True, tag=True):
-    """A chunk of a ring may be written, and all before it."""
+    """A chunk of a ring may be written."""
 
     index: int
+    digests: bytes
+    """Of its blocks, from when it was filled."""
 
 
 class Written(msgspec.Struct, frozen=True, tag=True):
@@ -58,8 +64,22 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 News: TypeAlias = Filled | Written | Staged | Failed
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Bytes that are written in one go."""
+
+    memory: memoryview
+    """Page-aligned; what lies behind the end of the region, up to a whole chunk, may be read too."""
+    digests: bytes
+    """Of the blocks, one after the other; a bit that flips from now on shows."""
+
+
 class Source(ABC):
-    """Where a writer takes the data region of a rank's file from."""
+    """Where a writer takes the data region of a rank's file, and the digests of its blocks, from.
+
+    Digests are taken as early as can be, and never again: what changes between then and a load, in host memory, on the way to
+    the storage or there, is found.
+    """
 
     nbytes: int
     """Length of the region."""
@@ -69,12 +89,12 @@ class Source(ABC):
     """What the save took until all was staged, by phase, where another process has measured it."""
 
     @abstractmethod
-    def begin(self) -> None:
-        """Make ready to be taken from. Called once; what goes wrong here is heard by all ranks."""
+    def begin(self, digest: Digest, workers: int) -> None:
+        """Make ready to be taken from, in ``workers`` threads. Called once."""
 
     @abstractmethod
-    def take(self, index: int) -> AbstractContextManager[memoryview]:
-        """The bytes of a chunk, page-aligned; what lies behind its end, up to a whole chunk, may be read too."""
+    def take(self, index: int) -> AbstractContextManager[Chunk]:
+        """A chunk, which is there for as long as the block lasts."""
 
     @abstractmethod
     def samples(self) -> Samples:
@@ -91,8 +111,9 @@ def failed_feed(nbytes: int, chunk: int, error: BaseException) -> Feed:
 class Feed(Source):
     """Takes bytes from host memory that somebody else fills.
 
-    Memory that holds the whole region is written when all of it is staged, so that the two do not compete. Smaller memory is a
-    ring of chunks: the writer takes each as soon as it is filled, and the stager waits for room.
+    Memory that holds the whole region is written when all of it is staged, so that the two do not compete. The digests of all
+    of it are taken then, before any of it is written. Smaller memory is a ring of chunks: the writer takes each as soon as it
+    is filled, and the stager, who takes its digests right after the copy, waits for room.
 
     Where stager and writer are in different processes, each has a feed on the same memory: ``tell`` carries what happens to one
     of them to the `hear` of the other.
@@ -109,18 +130,18 @@ class Feed(Source):
         self.is_ring = self.slots < self.chunks
         """Whether chunks are staged while others are written."""
         self._tell = tell
-        self._filled = 0
+        self._digests: dict[int, bytes] = {}
         self._written: set[int] = set()
         self._samples: Samples | None = None
         self._failure: Failure | None = None
-        self._changed = threading.Condition()
+        self._changed = Changes()
 
     def hear(self, news: News) -> bool:
         """Learn what has happened; False, and no effect, for a failure after all was staged, and the other way round."""
-        with self._changed:
+        with self._changed.lock:
             match news:
-                case Filled(index):
-                    self._filled = index + 1
+                case Filled(index, digests):
+                    self._digests[index] = digests
                 case Written(index):
                     self._written.add(index)
                 case Staged(samples, seconds):
@@ -152,10 +173,10 @@ class Feed(Source):
         self._wait(lambda: before < 0 or before in self._written)
         return index % self.slots * self.chunk
 
-    def filled(self, index: int) -> None:
-        """Chunk ``index``, and all before it, may be written."""
-        self.hear(Filled(index))
-        self._tell(Filled(index))
+    def filled(self, index: int, digests: bytes) -> None:
+        """Chunk ``index``, whose blocks have these digests, may be written."""
+        self.hear(Filled(index, digests))
+        self._tell(Filled(index, digests))
 
     def staged(self, samples: Samples, seconds: dict[Phase, float]) -> None:
         """All is filled, and nothing will be taken from the tensors any more. Raises what made the save fail meanwhile."""
@@ -174,30 +195,36 @@ class Feed(Source):
 
     # ---- for who writes
 
-    def begin(self) -> None:
-        pass
+    def begin(self, digest: Digest, workers: int) -> None:
+        if not self.is_ring:
+            self._wait(lambda: self._samples is not None)
+            found = share_out(lambda index: digest(self._part(index)), range(self.chunks), workers, "shardckpt-hash")
+            self._digests = dict(enumerate(found))
 
     @contextmanager
-    def take(self, index: int) -> Iterator[memoryview]:
-        self._wait(lambda: self._samples is not None or (self.is_ring and index < self._filled))
+    def take(self, index: int) -> Iterator[Chunk]:
+        self._wait(lambda: index in self._digests)
         start = index % self.slots * self.chunk
-        yield self.memory.bytes[start : start + self.chunk]
+        yield Chunk(self.memory.bytes[start : start + self.chunk], self._digests[index])
         if self.is_ring:
             self.hear(Written(index))
             self._tell(Written(index))
 
     def wait_over(self) -> None:
         """Return when everything is filled, or never will be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._samples is not None)
+        self._changed.wait_for(lambda: self._failure is not None or self._samples is not None)
 
     def samples(self) -> Samples:
         self._wait(lambda: self._samples is not None)
         assert self._samples is not None
         return self._samples
 
+    def _part(self, index: int) -> memoryview:
+        """A chunk of memory that holds the whole region."""
+        start = index * self.chunk
+        return self.memory.bytes[start : min(start + self.chunk, self.nbytes)]
+
     def _wait(self, there: Callable[[], bool]) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or there())
-            if self._failure is not None:
-                raise rebuild(self._failure)
+        self._changed.wait_for(lambda: self._failure is not None or there())
+        if self._failure is not None:
+            raise rebuild(self._failure)

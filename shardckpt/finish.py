@@ -64,7 +64,6 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
     written_at: list[float] = []
 
     def write() -> bytes:
-        source.begin()
         receipt = write_rank_file(store, name, job.header, source, job.block_size, workers=workers, timings=timings)
         samples.append(source.samples())
         written_at.append(perf_counter())
@@ -88,8 +87,8 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
         if verdict.diverging:
             raise_divergence(coordinator, samples[0], verdict.diverging[0])
     except BaseException as error:
-        if _is_surely_uncommitted(error):
-            _remove_quietly(store, name)
+        if is_surely_uncommitted(error):
+            remove_quietly(store, name)
         raise
     return verdict.digest
 
@@ -102,14 +101,15 @@ def _commit(job: Job, store: Store, receipts: list[Receipt], metrics: MetricsRec
     return manifest_digest(data)
 
 
-def _is_surely_uncommitted(error: BaseException) -> bool:
+def is_surely_uncommitted(error: BaseException) -> bool:
     """Whether files of the attempt may be removed: not when rank 0, which alone commits, may have gone ahead."""
     if isinstance(error, RankTimeout) and 0 in error.details.get("ranks", [0]):
         return False
     return isinstance(error, CheckpointError) and error.details.get("outcome") != "unknown"
 
 
-def _remove_quietly(store: Store, name: str) -> None:
+def remove_quietly(store: Store, name: str) -> None:
+    """Remove a file that nobody is going to refer to; when that fails, it is logged."""
     try:
         store.delete(name)
     except StoreError as error:

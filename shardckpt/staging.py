@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TypeAlias
 
+from .checksum import block_digests
 from .crew import share_out
 from .device_staging import DeviceCopies, DeviceStaging
 from .events import Timings
@@ -26,8 +27,11 @@ def everything(name: str) -> bool:
     return True
 
 
-def stage_through_ring(data: FileData, feed: Feed, sample: Callable[[], Samples], timings: Timings) -> None:
-    """Copy chunk after chunk, each when the writer has made room for it. Returns when all is staged."""
+def stage_through_ring(data: FileData, feed: Feed, block_size: int, sample: Callable[[], Samples], timings: Timings) -> None:
+    """Copy chunk after chunk, each when the writer has made room for it, and take its digests while it is in the cache.
+
+    Returns when all is staged. ``block_size`` is that of digests, in bytes.
+    """
     for index in range(feed.chunks):
         position = feed.room(index)
         start = index * feed.chunk
@@ -35,7 +39,9 @@ def stage_through_ring(data: FileData, feed: Feed, sample: Callable[[], Samples]
         with timings.measure("stage", stop - start):
             for part in data.where.cut(feed.chunk)[index]:
                 data.copy(part, feed.memory, position + part.offset - start)
-        feed.filled(index)
+        with timings.measure("hash", stop - start):
+            digests = block_digests(feed.memory.bytes[position : position + stop - start], block_size)
+        feed.filled(index, digests)
     feed.staged(sample(), timings.seconds)
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write one rank's file: a safetensors header, then the data region, chunk by chunk, hashed and written by a few threads."""
+"""Write one rank's file: a safetensors header, then the data region, chunk by chunk, by a few threads.
+
+The digests of a receipt are those that the source has taken: of staged memory before any of it is written, of a ring when each
+chunk is filled, of what comes straight from tensors right after the copy.
+"""
 
 from __future__ import annotations
 
@@ -36,26 +40,29 @@ def write_rank_file(
     ``block_size`` is that of digests, in bytes; a chunk of the source is a multiple. Raises `StoreError`, or what the source
     raises; the file is removed then.
     """
-    size = len(header) + source.nbytes
+    size, header_digest = len(header) + source.nbytes, digest(header).hex()
+
+    def digest_blocks(chunk: memoryview) -> bytes:
+        with timings.measure("hash", len(chunk)):
+            return block_digests(chunk, block_size)
 
     def write_chunk(index: int) -> bytes:
         start = index * source.chunk
         nbytes = min(source.chunk, source.nbytes - start)
         padded = -(-nbytes // writer.alignment) * writer.alignment
         with source.take(index) as chunk:
-            with timings.measure("hash", nbytes):
-                digests = block_digests(chunk[:nbytes], block_size)
             with timings.measure("write", nbytes):
-                writer.write_at(len(header) + start, chunk[:padded])
-        return digests
+                writer.write_at(len(header) + start, chunk.memory[:padded])
+            return chunk.digests
 
     with store.create(name, size) as writer:
         _write_header(writer, header)
+        source.begin(digest_blocks, workers)
         chunks = range(num_chunks(source.nbytes, source.chunk))
         digests = share_out(write_chunk, chunks, workers, "shardckpt-write")
         with timings.measure("fsync", size):
             writer.finish()
-    return Receipt(name, size, len(header), digest(header).hex(), b"".join(digests))
+    return Receipt(name, size, len(header), header_digest, b"".join(digests))
 
 
 def _write_header(writer: FileWriter, header: bytes) -> None:

@@ -22,7 +22,7 @@ from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
 from shardckpt.live import LiveSource
 from shardckpt.options import Options
 from shardckpt.progress import Outcome, Progress
-from shardckpt.saving import Prepared, Saver
+from shardckpt.saving import Prepared, Saved, Saver
 from shardckpt.stage import FileData, wait_for_devices
 from shardckpt.staging import LazyStaging, host_batches, stage_at_once, stage_through_ring
 from shardckpt.store import Store
@@ -170,7 +170,7 @@ class Background:
             # what the copies of `DeviceStaging` need not: they wait for it on the device
             wait_for_devices(t for t in data.tensors.values() if feed.is_ring or not self._devices.takes(t))
             if feed.is_ring:
-                stage_through_ring(data, feed, prepared.sample, progress.timings)
+                stage_through_ring(data, feed, prepared.plan.plan.block_size, prepared.sample, progress.timings)
             elif self._options.stage == "lazy":
                 self._stage_lazily(prepared, feed, state, progress)
                 return
@@ -217,7 +217,8 @@ class Background:
             if self._staging is not None:
                 self._staging.start(self._lazy_threads)
             self._note(prepared.attempt, source, progress)
-            digest = self._carrier.carry(prepared.make_job(), source, prepared.notice, progress.timings)
+            job = prepared.make_job()
+            digest = self._carrier.carry(job, source, prepared.notice, progress.timings)
             outcome = prepared.describe(self._store, digest)
         except BaseException as error:
             if isinstance(source, Feed):
@@ -230,6 +231,9 @@ class Background:
         # they refer to the state's tensors, and to memory that is given back at close
         self._feed = self._staging = None
         progress.ended(outcome)
+        if isinstance(outcome, Saved):
+            # the save is over for those who wait for it, and not for the next one
+            self._carrier.protect(job, outcome.digest)
 
     def _staged(self, attempt: str, progress: Progress) -> None:
         progress.staged()

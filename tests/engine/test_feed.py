@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardckpt.buffer import Buffer
+from shardckpt.checksum import block_digests
 from shardckpt.crew import share_out
 from shardckpt.errors import BackgroundDied, RankFailed, StorageFull
 from shardckpt.feed import Failed, Feed, Filled, News, Staged, num_chunks
 from tests.engine.waiting import InThread, until, until_blocked
 
 CHUNK = 64
+BLOCK = 16
 SAMPLES = {"0:[]": {"weight": 17}}
+DIGEST = b"8 bytes."
 
 
 def content(nbytes: int) -> bytes:
@@ -32,18 +35,28 @@ def stage(feed: Feed, data: bytes) -> None:
         at = feed.room(index)
         part = data[index * feed.chunk : (index + 1) * feed.chunk]
         feed.memory.bytes[at : at + len(part)] = part
-        feed.filled(index)
+        feed.filled(index, block_digests(feed.memory.bytes[at : at + len(part)], BLOCK))
     feed.staged(SAMPLES, {})
+
+
+def digest(chunk: memoryview) -> bytes:
+    return block_digests(chunk, BLOCK)
+
+
+def drain_with_digests(feed: Feed, workers: int) -> list[tuple[bytes, bytes]]:
+    """Take all chunks and their digests, in ``workers`` threads."""
+
+    def take(index: int) -> tuple[bytes, bytes]:
+        with feed.take(index) as chunk:
+            return bytes(chunk.memory[: feed.nbytes - index * feed.chunk]), chunk.digests
+
+    feed.begin(digest, workers)
+    return share_out(take, range(feed.chunks), workers, "write")
 
 
 def drain(feed: Feed, workers: int) -> bytes:
     """Take all chunks, in ``workers`` threads."""
-
-    def take(index: int) -> bytes:
-        with feed.take(index) as chunk:
-            return bytes(chunk[: feed.nbytes - index * feed.chunk])
-
-    return b"".join(share_out(take, range(feed.chunks), workers, "write"))
+    return b"".join(chunk for chunk, _ in drain_with_digests(feed, workers))
 
 
 @contextmanager
@@ -92,10 +105,12 @@ def test_what_is_written_is_what_was_staged(nbytes: int, chunk: int, slots: int,
         feed = Feed(memory, nbytes, chunk)
         stager, writer = two if apart else (feed, feed)
         assert stager.is_ring == (slots < num_chunks(nbytes, chunk))
-        written = InThread(lambda: drain(writer, workers))
+        written = InThread(lambda: drain_with_digests(writer, workers))
         staged = InThread(lambda: stage(stager, content(nbytes)))
         assert staged.result() is None
-        assert written.result() == content(nbytes)
+        chunks = written.result()
+        assert b"".join(chunk for chunk, _ in chunks) == content(nbytes)
+        assert [digests for _, digests in chunks] == [digest(memoryview(chunk)) for chunk, _ in chunks]
         assert writer.samples() == SAMPLES
 
 
@@ -111,11 +126,11 @@ def test_several_saves_may_follow_each_other_in_the_same_memory() -> None:
 def test_a_whole_image_is_written_when_all_of_it_is_staged() -> None:
     """Before, the two would compete for the processor that training waits for."""
     feed = make(chunks=3, slots=3)
-    feed.filled(0)
+    feed.filled(0, DIGEST)
     taker = InThread(lambda: drain(feed, 1))
     until_blocked(taker, Feed._wait)
     for index in (1, 2):
-        feed.filled(index)
+        feed.filled(index, DIGEST)
     until_blocked(taker, Feed._wait)
     feed.staged({}, {})
     assert taker.result() == bytes(3 * CHUNK)
@@ -125,7 +140,7 @@ def test_the_stager_waits_for_room_in_a_ring() -> None:
     feed = make(chunks=3, slots=2)
     for index in (0, 1):
         assert feed.room(index) == index * CHUNK
-        feed.filled(index)
+        feed.filled(index, DIGEST)
     stager = InThread(lambda: feed.room(2))
     with feed.take(1):
         pass
@@ -141,7 +156,7 @@ def test_the_writer_waits_for_each_chunk_of_a_ring() -> None:
     for index in range(3):
         feed.room(index)
         until_blocked(writer, Feed.take.__wrapped__)  # type: ignore[attr-defined]
-        feed.filled(index)
+        feed.filled(index, DIGEST)
     assert writer.result() == bytes(3 * CHUNK)
 
 
@@ -151,7 +166,7 @@ def test_samples_come_with_the_last_chunk() -> None:
     writer = InThread(lambda: drain(feed, 1))
     for index in range(2):
         feed.room(index)
-        feed.filled(index)
+        feed.filled(index, DIGEST)
     assert writer.result() == bytes(2 * CHUNK)
     until_blocked(asker, Feed._wait)
     feed.staged(SAMPLES, {})
@@ -175,7 +190,7 @@ def test_who_fails_to_stage_wakes_all_writers() -> None:
 
 def test_who_fails_to_write_wakes_the_stager() -> None:
     feed = make(chunks=3, slots=1)
-    feed.filled(0)
+    feed.filled(0, DIGEST)
     stager = InThread(lambda: feed.room(1))
     until_blocked(stager, Feed._wait)
     assert feed.fail(StorageFull("no room"))
@@ -184,7 +199,7 @@ def test_who_fails_to_write_wakes_the_stager() -> None:
 
 def test_a_failure_is_raised_from_then_on() -> None:
     feed = make(chunks=2, slots=2)
-    feed.filled(0)
+    feed.filled(0, DIGEST)
     assert feed.fail(ValueError("from outside of the tree"))
     assert feed.failure is not None
     calls: list[Callable[[], object]] = [

@@ -16,11 +16,12 @@ from shardckpt.plan import Plan
 from shardckpt.stage import FileData, FileMap
 from shardckpt.staging import stage_at_once, stage_through_ring
 from tests.engine.simulate import by_hand, local_tensors, random_tensors
-from tests.engine.test_feed import drain
+from tests.engine.test_feed import digest, drain, drain_with_digests
 from tests.engine.waiting import InThread, until_blocked
 
 CHUNK = 64
 """Bytes; a multiple of all items' sizes."""
+BLOCK = 16
 SAMPLES: Samples = {"0:[]": {"whole": 5}}
 
 
@@ -85,11 +86,13 @@ def test_through_a_ring(rank: int, slots: int) -> None:
     data, timings = data_of(rank, contiguous=False), Timings()
     feed = Feed(Buffer(slots * CHUNK), data.nbytes, CHUNK)
     assert feed.is_ring
-    writing = InThread(lambda: drain(feed, 3))
-    stage_through_ring(data, feed, lambda: SAMPLES, timings)
-    assert writing.result() == expected(rank)
+    writing = InThread(lambda: drain_with_digests(feed, 3))
+    stage_through_ring(data, feed, BLOCK, lambda: SAMPLES, timings)
+    chunks = writing.result()
+    assert b"".join(chunk for chunk, _ in chunks) == expected(rank)
+    assert [digests for _, digests in chunks] == [digest(memoryview(chunk)) for chunk, _ in chunks]
     assert feed.samples() == SAMPLES
-    assert timings.bytes == {"stage": data.nbytes}
+    assert timings.bytes == {"stage": data.nbytes, "hash": data.nbytes}
 
 
 def test_in_two_selections() -> None:
@@ -107,7 +110,7 @@ def test_nothing_to_stage() -> None:
     data = FileData(FileMap(()), {})
     feed = Feed(Buffer(CHUNK), data.nbytes, CHUNK)
     stage_at_once(data, feed, DeviceStaging(), 2, Timings())
-    stage_through_ring(data, feed, dict, Timings())
+    stage_through_ring(data, feed, BLOCK, dict, Timings())
     assert feed.is_staged
     assert drain(feed, 1) == b""
 
@@ -118,11 +121,11 @@ def test_samples_are_taken_when_all_is_copied() -> None:
     filled: list[int] = []
 
     def sample() -> Samples:
-        filled.append(feed._filled)
+        filled.append(len(feed._digests))
         return SAMPLES
 
     writing = InThread(lambda: drain(feed, 1))
-    stage_through_ring(data, feed, sample, Timings())
+    stage_through_ring(data, feed, BLOCK, sample, Timings())
     assert filled == [feed.chunks]
     writing.result()
 
@@ -130,7 +133,7 @@ def test_samples_are_taken_when_all_is_copied() -> None:
 def test_a_ring_whose_writer_fails() -> None:
     data = data_of(2)
     feed = Feed(Buffer(2 * CHUNK), data.nbytes, CHUNK)
-    staging = InThread(lambda: stage_through_ring(data, feed, dict, Timings()))
+    staging = InThread(lambda: stage_through_ring(data, feed, BLOCK, dict, Timings()))
     until_blocked(staging, Feed.room)
     feed.fail(StorageFull("no space"))
     assert isinstance(staging.error(), StorageFull)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Generic, TypeVar
 
+from shardckpt import changes
+
 PATIENCE = 30.0
 """Seconds."""
 _POLL_SECONDS = 0.002
@@ -27,13 +29,13 @@ def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
 
 
 def until_blocked(thread: threading.Thread, function: Callable[..., object]) -> None:
-    """Return when ``thread`` waits for something of `threading` somewhere inside of ``function``."""
+    """Return when ``thread`` waits for something of `threading`, or for `Changes`, somewhere inside of ``function``."""
 
     def is_blocked() -> bool:
         if not thread.is_alive() and thread.ident is not None:
             raise AssertionError(f"{thread.name} has ended instead of waiting in {function.__qualname__}")
         frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
-        if frame is None or frame.f_code.co_filename != threading.__file__:
+        if frame is None or frame.f_code.co_filename not in (threading.__file__, changes.__file__):
             return False
         while frame is not None and frame.f_code is not getattr(function, "__code__", None):
             frame = frame.f_back

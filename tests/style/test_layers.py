@@ -13,11 +13,11 @@ from tests.style.source import Module, modules
 
 # From the ground up. A module imports from its own row and the rows before it.
 ROWS: list[tuple[str, set[str]]] = [
-    ("leaves", {"errors", "failure", "events", "telemetry", "options", "crew", "_version"}),
+    ("leaves", {"errors", "failure", "events", "telemetry", "options", "changes", "crew", "_version"}),
     ("storage", {"store"}),
     ("pure", {"layout", "manifest", "records", "tables", "plan", "header", "reshard", "checksum", "metrics", "validate"}),
     ("torch edge", {"values", "tree", "adapters", "describe", "state", "sampler", "guard", "ravel", "gpu"}),
-    ("movement", {"available", "buffer", "stage", "feed", "live", "device_staging", "staging", "hostmemory", "write", "read", "share"}),
+    ("movement", {"parity", "available", "buffer", "stage", "feed", "live", "device_staging", "staging", "hostmemory", "write", "read", "share"}),
     (
         "protocol",
         {
@@ -31,6 +31,7 @@ ROWS: list[tuple[str, set[str]]] = [
             "replicas",
             "commit",
             "finish",
+            "protect",
             "root",
             "journal",
         },
