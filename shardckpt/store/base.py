@@ -254,6 +254,13 @@ class Store(ABC):
     def open(self, name: str) -> FileReader:
         """Open a file to read. Raises `MissingFile`, and `StoreError` for all but regular files, links included."""
 
+    def open_uncached(self, name: str) -> FileReader:
+        """As `open`, to read what the storage itself holds of a file that is durable, and not what this host remembers.
+
+        As far as the system lets us; where nothing is remembered this is `open`.
+        """
+        return self.open(name)
+
     def get(self, name: str, limit: int) -> bytes:
         """Return a whole small file of at most ``limit`` bytes.
 

@@ -65,6 +65,11 @@ class FileSystem:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
+    def forget(self, fd: int) -> None:
+        """Ask the kernel to drop what it remembers of a file that is durable, where it can be asked."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def link(self, source: str, target: str) -> None:
         """Give a file a second name; fails when ``target`` exists."""
         os.link(source, target, follow_symlinks=False)

@@ -3,7 +3,9 @@
 
 New files are written with O_DIRECT where the file system takes it: the data is written once and is not needed
 again soon, and the page cache would only copy it, push other data out, and put off write errors. Reads go
-through the page cache.
+through the page cache, but for those of `LocalStore.open_uncached`: they use O_DIRECT too or, where the file system
+does not take it, ask the kernel to forget the file first, which it need not do. What a drive or a file server has in
+a cache of its own no program can go past.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from shardckpt.store.base import (
 )
 from shardckpt.store.directories import Directories
 from shardckpt.store.filesystem import OPERATING_SYSTEM, FileSystem, closing
-from shardckpt.store.local_file import LocalReader, LocalWriter, write_all
+from shardckpt.store.local_file import DirectReader, LocalReader, LocalWriter, write_all
 from shardckpt.store.oserror import explained
 from shardckpt.store.publish import NEW_FILE_FLAGS, Publisher
 
@@ -105,15 +107,23 @@ class LocalStore(Store):
 
     def open(self, name: str) -> FileReader:
         path = self._path(name)
-        with explained("open", path):
-            fd = self._fs.open(path, _READ_FLAGS)
+        fd, size = self._open_existing(path)
+        return LocalReader(self._fs, name, path, fd, size)
+
+    def open_uncached(self, name: str) -> FileReader:
+        path = self._path(name)
+        if _O_DIRECT:
             try:
-                status = self._fs.fstat(fd)
-                _require_regular(path, status.st_mode)
-            except BaseException:
-                self._fs.close(fd)
-                raise
-        return LocalReader(self._fs, name, path, fd, status.st_size)
+                fd, size = self._open_existing(path, _O_DIRECT)
+            except StoreError as error:
+                if not _is_without_direct_io(error):
+                    raise
+            else:
+                return DirectReader(self._fs, name, path, fd, size)
+        fd, size = self._open_existing(path)
+        with suppress(OSError):
+            self._fs.forget(fd)
+        return LocalReader(self._fs, name, path, fd, size)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
         path = self._path(name)
@@ -155,6 +165,20 @@ class LocalStore(Store):
 
     def _path(self, name: str) -> str:
         return os.path.join(self.url, check_name(name))
+
+    def _open_existing(self, path: str, flags: int = 0) -> tuple[int, int]:
+        """A descriptor of a file, and its size. With O_DIRECT one read is tried: some file systems refuse only that."""
+        with explained("open", path):
+            fd = self._fs.open(path, _READ_FLAGS | flags)
+            try:
+                status = self._fs.fstat(fd)
+                _require_regular(path, status.st_mode)
+                if flags:
+                    self._fs.preadv(fd, [memoryview(mmap.mmap(-1, ALIGNMENT))], 0)
+            except BaseException:
+                self._fs.close(fd)
+                raise
+        return fd, status.st_size
 
     def _open_new(self, path: str, flags: int = 0) -> int:
         for _ in range(_MOST_TRIES):
@@ -218,13 +242,18 @@ class LocalStore(Store):
                 # An anonymous map, because it is page aligned.
                 write_all(self._fs, fd, memoryview(mmap.mmap(-1, ALIGNMENT)), 0, ALIGNMENT)
         except StoreError as error:
-            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_DIRECT_IO):
+            if not _is_without_direct_io(error):
                 raise
             logger.warning("%s does not take O_DIRECT: writing through the page cache, more slowly", self.url)
             return 0
         finally:
             self._remove_temporary(probe)
         return _O_DIRECT
+
+
+def _is_without_direct_io(error: StoreError) -> bool:
+    """Whether it says that the file system does not take O_DIRECT."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_DIRECT_IO
 
 
 def _require_regular(path: str, mode: int) -> None:

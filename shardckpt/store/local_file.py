@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
+import mmap
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from shardckpt.errors import CheckpointError
 from shardckpt.store.base import ALIGNMENT, FileReader, FileWriter
-from shardckpt.store.buffers import skip
+from shardckpt.store.buffers import scatter, skip
 from shardckpt.store.filesystem import IOV_MAX, FileSystem, closing
 from shardckpt.store.oserror import explained
 
 _CLOSED: Final = -1
+_PIECE: Final = 1 << 20
 
 logger = logging.getLogger("shardckpt")
 
@@ -108,3 +111,45 @@ class LocalReader(FileReader):
                     raise self._truncated(offset, wanted, got=position - offset)
                 position += got
                 first = skip(buffers, first, got)
+
+
+class DirectReader(LocalReader):
+    """Reads a descriptor that was opened with O_DIRECT: whole blocks, into page-aligned memory of its own where need be."""
+
+    def _fill(self, offset: int, buffers: list[memoryview]) -> None:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        if len(buffers) == 1 and not (offset % ALIGNMENT or wanted % ALIGNMENT or _address(buffers[0]) % ALIGNMENT):
+            self._fill_blocks(offset, buffers[0])
+            return
+        first, position, end = 0, offset, offset + wanted
+        blocks = memoryview(mmap.mmap(-1, min(_round_up(wanted) + ALIGNMENT, _PIECE)))
+        while position < end:
+            skipped = position % ALIGNMENT
+            length = min(blocks.nbytes, _round_up(end - position + skipped))
+            got = self._read_blocks(blocks[:length], position - skipped) - skipped
+            if got <= 0:
+                raise self._truncated(offset, wanted, got=position - offset)
+            got = min(got, end - position)
+            first = scatter(blocks[skipped : skipped + got], buffers, first)
+            position += got
+
+    def _fill_blocks(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < buffer.nbytes:
+            got = self._read_blocks(buffer[done:], offset + done)
+            if got < ALIGNMENT:
+                raise self._truncated(offset, buffer.nbytes, got=done + got)
+            # the next read begins with a block, too
+            done += got - got % ALIGNMENT
+
+    def _read_blocks(self, blocks: memoryview, offset: int) -> int:
+        with explained("read", self._path):
+            return self._fs.preadv(self._fd, [blocks], offset)
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _round_up(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

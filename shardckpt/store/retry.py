@@ -64,6 +64,9 @@ class RetryingStore(Store):
     def open(self, name: str) -> FileReader:
         return _RetryingReader(self, self.persist(lambda: self._store.open(name)))
 
+    def open_uncached(self, name: str) -> FileReader:
+        return _RetryingReader(self, self.persist(lambda: self._store.open_uncached(name)))
+
     def put_if_absent(self, name: str, data: bytes) -> None:
         self.persist(lambda: self._store.put_if_absent(name, data))
 

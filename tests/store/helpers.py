@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from shardckpt.store import ALIGNMENT, FileWriter, Store
+from shardckpt.store import ALIGNMENT, FileReader, FileWriter, Store
 
 _T = TypeVar("_T")
 
@@ -47,8 +47,12 @@ def replace_file(store: Store, name: str, data: bytes) -> None:
 
 def load_file(store: Store, name: str) -> bytes:
     with store.open(name) as reader:
-        data = bytearray(reader.size)
-        reader.read_at(0, [memoryview(data)])
+        return read_all(reader)
+
+
+def read_all(reader: FileReader) -> bytes:
+    data = bytearray(reader.size)
+    reader.read_at(0, [memoryview(data)])
     return bytes(data)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.errors import AlreadyExists, CheckpointError, MissingFile, StoreError, TruncatedFile
-from shardckpt.store import ALIGNMENT, Store, check_name, is_temporary
-from tests.store.helpers import aligned, in_threads, load_file, names, replace_file, some_bytes, store_file, write
+from shardckpt.store import ALIGNMENT, FileReader, Store, check_name, is_temporary
+from tests.store.helpers import aligned, in_threads, load_file, names, read_all, replace_file, some_bytes, store_file, write
 
 BAD_NAMES = ["", "/a", "a//b", "a/", "..", "a/../b", ".", "./a", "a\0b", "a\nb", "a\x1bb", "a\\b", "a\u202eb", "\ud800"]
 SIZES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 5 * ALIGNMENT + 17]
+WAYS: dict[str, Callable[[Store, str], FileReader]] = {
+    "open": lambda store, name: store.open(name),
+    "open_uncached": lambda store, name: store.open_uncached(name),
+}
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -24,6 +29,7 @@ def test_bad_names_are_refused_by_every_operation(store: Store, name: str) -> No
         lambda: store.create(name, 1),
         lambda: store.replace(name, 1),
         lambda: store.open(name),
+        lambda: store.open_uncached(name),
         lambda: store.get(name, 1),
         lambda: store.put_if_absent(name, b""),
         lambda: store.delete(name),
@@ -57,6 +63,9 @@ def test_what_is_written_out_of_order_is_read_back(store: Store, size: int) -> N
     data = some_bytes(size)
     store_file(store, "step-1/rank-0", data)
     assert load_file(store, "step-1/rank-0") == data
+    with store.open_uncached("step-1/rank-0") as reader:
+        assert (reader.name, reader.size) == ("step-1/rank-0", size)
+        assert read_all(reader) == data
     assert [entry.size for entry in store.list()] == [size]
 
 
@@ -76,28 +85,45 @@ def test_threads_write_and_read_one_file_at_once(store: Store) -> None:
         assert b"".join(in_threads(17, read)) == data
 
 
-def test_read_fills_scattered_buffers(store: Store) -> None:
-    data = some_bytes(1000)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("offset", [7, 0, ALIGNMENT, ALIGNMENT - 1])
+def test_read_fills_scattered_buffers(store: Store, offset: int, way: str) -> None:
+    data = some_bytes(3 * ALIGNMENT)
     store.put_if_absent("file", data)
-    buffers = [bytearray(n) for n in (3, 0, 500, 1, 0)]
-    with store.open("file") as reader:
+    buffers = [bytearray(n) for n in (3, 0, ALIGNMENT, 500, 1, 0)]
+    with WAYS[way](store, "file") as reader:
         reader.expect_ascending()
-        reader.read_at(7, [memoryview(buffer) for buffer in buffers])
-        reader.read_at(1000, [])
-    assert b"".join(buffers) == data[7:511]
+        reader.read_at(offset, [memoryview(buffer) for buffer in buffers])
+        reader.read_at(3 * ALIGNMENT, [])
+    assert b"".join(buffers) == data[offset : offset + 504 + ALIGNMENT]
 
 
+@pytest.mark.parametrize("size", [2 * ALIGNMENT, 3 << 20])
+def test_what_is_read_past_caches_may_go_to_aligned_memory_or_not(store: Store, size: int) -> None:
+    data = some_bytes((4 << 20) + 5)
+    store.put_if_absent("file", data)
+    with store.open_uncached("file") as reader:
+        for view in (aligned(bytes(size)), memoryview(bytearray(size + 1))[1:], aligned(bytes(size))[: size - 3]):
+            reader.read_at(ALIGNMENT, [view])
+            assert view == data[ALIGNMENT : ALIGNMENT + view.nbytes]
+        end = memoryview(bytearray(5 + ALIGNMENT))
+        reader.read_at(len(data) - end.nbytes, [end])
+        assert end == data[-end.nbytes :]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("offset", "length", "got"), [(0, 101, 100), (90, 20, 10), (200, 1, 0)])
-def test_read_past_the_end_names_what_is_missing(store: Store, offset: int, length: int, got: int) -> None:
+def test_read_past_the_end_names_what_is_missing(store: Store, offset: int, length: int, got: int, way: str) -> None:
     store.put_if_absent("step-1/file", some_bytes(100))
-    with store.open("step-1/file") as reader, pytest.raises(TruncatedFile, match="step-1/file") as caught:
+    with WAYS[way](store, "step-1/file") as reader, pytest.raises(TruncatedFile, match="step-1/file") as caught:
         reader.read_at(offset, [memoryview(bytearray(length))])
     assert (caught.value.wanted, caught.value.got, caught.value.offset) == (length, got, offset)
 
 
-def test_close_of_a_reader_can_be_repeated(store: Store) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_close_of_a_reader_can_be_repeated(store: Store, way: str) -> None:
     store.put_if_absent("file", b"data")
-    reader = store.open("file")
+    reader = WAYS[way](store, "file")
     reader.close()
     reader.close()
 
@@ -199,7 +225,11 @@ def test_get_checks_the_size_first(store: Store) -> None:
 
 
 def test_missing_files_are_named(store: Store) -> None:
-    for operation in (lambda: store.open("step-1/gone"), lambda: store.get("step-1/gone", 10)):
+    for operation in (
+        lambda: store.open("step-1/gone"),
+        lambda: store.open_uncached("step-1/gone"),
+        lambda: store.get("step-1/gone", 10),
+    ):
         with pytest.raises(MissingFile, match="step-1/gone"):
             operation()
 

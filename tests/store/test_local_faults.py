@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from shardckpt.errors import CheckpointError, StorageFull, StoreError
+from shardckpt.errors import CheckpointError, StorageFull, StoreError, TruncatedFile
 from shardckpt.store import ALIGNMENT, LocalStore, is_temporary
 from tests.store.faults import Buffered, FaultyFileSystem, Killed, WithoutLinks
-from tests.store.helpers import aligned, load_file, names, replace_file, some_bytes, store_file, write
+from tests.store.helpers import aligned, load_file, names, read_all, replace_file, some_bytes, store_file, write
 
 KINDS = [
     (errno.ENOSPC, StorageFull, "prune older checkpoints"),
@@ -201,3 +202,97 @@ def test_a_replacement_is_the_old_file_or_the_new_one_when_it_is_killed_at_any_c
     changed = seen.index(NEW)
     assert seen == [OLD] * changed + [NEW] * (len(seen) - changed)
     assert changed > 5
+
+
+# ---- reads past the page cache
+
+
+class ReadsDirectly(FaultyFileSystem):
+    """Notes which reads go past the page cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direct: set[int] = set()
+        self.past: list[bool] = []
+        self.forgotten = 0
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        # without the flag where the tests run on a file system that does not take it
+        fd = super().open(path, flags & ~os.O_DIRECT, mode)
+        (self.direct.add if flags & os.O_DIRECT else self.direct.discard)(fd)
+        return fd
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.past.append(fd in self.direct)
+        return super().preadv(fd, buffers, offset)
+
+    def forget(self, fd: int) -> None:
+        self.forgotten += 1
+        super().forget(fd)
+
+
+@pytest.mark.parametrize("size", [0, 1, ALIGNMENT, 3 * ALIGNMENT + 5])
+def test_reads_past_the_page_cache(tmp_path: Path, size: int) -> None:
+    fs = ReadsDirectly()
+    store = LocalStore(tmp_path, fs)
+    data = some_bytes(size)
+    store_file(store, "file", data)
+    with store.open_uncached("file") as reader:
+        fs.past.clear()
+        assert read_all(reader) == data
+    assert set(fs.past) == ({True} if size else set())
+    assert fs.forgotten == 0
+
+
+@pytest.mark.parametrize("operation", ["open", "preadv"])
+@pytest.mark.parametrize("can_forget", [True, False])
+def test_a_file_system_without_direct_reads_is_asked_to_forget(tmp_path: Path, operation: str, can_forget: bool) -> None:
+    """Some refuse the flag, and some only the reads."""
+    fs = ReadsDirectly()
+    store = LocalStore(tmp_path, fs)
+    store_file(store, "file", NEW)
+    fs.fail(operation, errno.EINVAL)
+    if not can_forget:
+        fs.fail("forget", errno.ESPIPE)
+    with store.open_uncached("file") as reader:
+        fs.past.clear()
+        assert read_all(reader) == NEW
+    assert set(fs.past) == {False}
+    assert fs.names().count("forget") == 1
+
+
+@pytest.mark.parametrize("operation", ["open", "preadv"])
+def test_other_errors_of_direct_reads_are_explained(tmp_path: Path, operation: str) -> None:
+    fs = ReadsDirectly()
+    store = LocalStore(tmp_path, fs)
+    store_file(store, "file", NEW)
+    fs.fail(operation, errno.EIO)
+    with pytest.raises(StoreError, match="EIO"):
+        store.open_uncached("file")
+
+
+@pytest.mark.parametrize("size", [len(NEW), 2 * ALIGNMENT])
+def test_direct_reads_go_on_after_short_ones(tmp_path: Path, size: int) -> None:
+    """With a whole block, as they have begun."""
+    fs = ReadsDirectly()
+    store = LocalStore(tmp_path, fs)
+    store_file(store, "file", NEW)
+    with store.open_uncached("file") as reader:
+        fs.transfer_at_most(ALIGNMENT + 100)
+        found = aligned(bytes(size))[:size]
+        reader.read_at(0, [found])
+    assert found == NEW[:size]
+    offsets = [args[2] for name, args in fs.calls if name == "preadv"]
+    assert len(offsets) > 2
+    assert not [offset for offset in offsets if offset % ALIGNMENT]
+
+
+@pytest.mark.parametrize("size", [len(NEW), 2 * ALIGNMENT])
+def test_a_file_that_is_cut_while_it_is_read_directly(tmp_path: Path, size: int) -> None:
+    store = LocalStore(tmp_path, ReadsDirectly())
+    store_file(store, "file", NEW)
+    with store.open_uncached("file") as reader:
+        os.truncate(tmp_path / "file", ALIGNMENT)
+        with pytest.raises(TruncatedFile) as caught:
+            reader.read_at(0, [aligned(bytes(size))[:size]])
+    assert (caught.value.wanted, caught.value.got) == (size, ALIGNMENT)
