@@ -3,7 +3,8 @@
 
 A file is durable only when the entry of its name in its directory is, and so is the entry of that directory
 in the next one up. Who made a directory does not matter for that: another process may have made it a moment
-ago and not flushed it yet.
+ago and not flushed it yet. So directories are flushed with the files in them, and not when they are made; those
+above the root once, and again if they had to be made again.
 """
 
 from __future__ import annotations
@@ -29,27 +30,28 @@ class Directories:
     def __init__(self, fs: FileSystem, root: str) -> None:
         self._fs = fs
         self._root = root
-        self._root_is_durable = False
+        self._is_above_durable = False
+        self._made_above: set[str] = set()
 
     def make(self, directory: str) -> None:
-        """Make ``directory`` and what is missing above it, each durable before the one below it is made.
+        """Make ``directory`` and what is missing above it; `sync_path` makes them durable.
 
         A concurrent `remove_empty` may have removed it again when this returns.
         """
-        parent = os.path.dirname(directory)
         with explained("make directory", directory):
             for attempt in range(_ATTEMPTS):
                 try:
                     self._fs.mkdir(directory)
-                    break
+                    if not directory.startswith(os.path.join(self._root, "")):
+                        self._made_above.add(directory)
+                    return
                 except FileNotFoundError:
                     # some file systems, such as /proc, say so although what is above is there
                     if attempt == _ATTEMPTS - 1:
                         raise
-                    self.make(parent)
+                    self.make(os.path.dirname(directory))
                 except FileExistsError:
                     return self._require_directory(directory)
-        return self.sync_if_there(parent)
 
     def sync(self, directory: str) -> None:
         """Make the entries of one directory durable."""
@@ -64,14 +66,13 @@ class Directories:
                         raise
 
     def sync_path(self, directory: str) -> None:
-        """Make every entry on the way from the root's parent down to the files in ``directory`` durable."""
+        """Make every entry on the way from the mount point down to the files in ``directory`` durable."""
         while directory != self._root:
             self.sync(directory)
             directory = os.path.dirname(directory)
         self.sync(self._root)
-        if not self._root_is_durable:
-            self._sync_root_entry()
-            self._root_is_durable = True
+        if self._made_above or not self._is_above_durable:
+            self._sync_above()
 
     def remove_empty(self, directory: str) -> None:
         """Remove ``directory`` and those above it, below the root, for as long as they are empty; durably."""
@@ -106,11 +107,22 @@ class Directories:
         if not stat.S_ISDIR(mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
-    def _sync_root_entry(self) -> None:
-        parent = os.path.dirname(self._root)
-        try:
-            self.sync(parent)
-        except StoreError as error:
-            # Who may not list the directory above has not made the root in it: `make` would have failed.
-            if error.details.get("errno") not in ("EACCES", "EPERM"):
-                raise
+    def _sync_above(self) -> None:
+        """Make the entry of the root durable, and those of all directories above it."""
+        made = frozenset(self._made_above)
+        directory = self._root
+        while (parent := os.path.dirname(directory)) != directory and self._is_same_device(directory, parent):
+            try:
+                self.sync(parent)
+            except StoreError as error:
+                # Who may not list a directory has most likely not made what is in it, and cannot flush it.
+                if directory in made or error.details.get("errno") not in ("EACCES", "EPERM"):
+                    raise
+            directory = parent
+        self._is_above_durable = True
+        self._made_above -= made
+
+    def _is_same_device(self, directory: str, parent: str) -> bool:
+        # The entry that something is mounted on was there before.
+        with explained("flush directory", parent):
+            return self._fs.stat(directory).st_dev == self._fs.stat(parent).st_dev

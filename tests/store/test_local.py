@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -252,13 +253,31 @@ def test_a_finish_flushes_the_file_before_each_directory_above_it(store: LocalSt
         writer.write_at(0, aligned(b"x"))
         start = len(fs.calls)
         writer.finish()
-    root = store.url
-    assert [name for name in fs.names()[start:] if name != "open"] == [
+    root = Path(store.url)
+    directories = [root / "a/b", root / "a", root, *_below_mount_point(root.parent)]
+    assert [name for name in fs.names()[start:] if name not in ("open", "stat")] == [
         *("ftruncate", "fsync", "close"),
-        *(4 * ["fsync", "close"]),
+        *(len(directories) * ["fsync", "close"]),
     ]
-    opened = [args[0] for name, args in fs.calls[start:] if name == "open"]
-    assert opened == [f"{root}/a/b", f"{root}/a", root, os.path.dirname(root)]
+    assert [args[0] for name, args in fs.calls[start:] if name == "open"] == list(map(str, directories))
+
+
+def test_what_is_above_the_root_is_flushed_once_and_again_when_it_was_removed(store: LocalStore, fs: FaultyFileSystem) -> None:
+    above = str(Path(store.url).parent)
+    for name in ("a", "b"):
+        store.put_if_absent(name, b"")
+    assert [args[0] for call, args in fs.calls if call == "open"].count(above) == 1
+    shutil.rmtree(store.url)
+    for name in ("a", "b"):
+        store.put_if_absent(name, b"")
+    assert [args[0] for call, args in fs.calls if call == "open"].count(above) == 2
+
+
+def _below_mount_point(directory: Path) -> list[Path]:
+    """``directory`` and those above it, up to where its file system is mounted."""
+    if os.path.ismount(directory):
+        return [directory]
+    return [directory, *_below_mount_point(directory.parent)]
 
 
 def test_a_directory_that_cannot_be_flushed_at_all_is_no_error(store: LocalStore, fs: FaultyFileSystem) -> None:
