@@ -66,6 +66,8 @@ class RestoreInfo:
     """The mapping that was given to the save."""
     skipped: tuple[tuple[int, str], ...] = ()
     """(step, what is wrong with it) of newer steps that are damaged (``fallback=True``), the newest first."""
+    rebuilt: tuple[str, ...] = ()
+    """Names of files that were missing or damaged, and of which something was rebuilt from parity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,11 @@ class _Decision(msgspec.Struct):
     needed: int
     share: bool
     unexpected: tuple[str, ...]
+
+
+class _Done(msgspec.Struct):
+    bytes_read: int
+    rebuilt: set[str]
 
 
 class Load:
@@ -198,12 +205,13 @@ class Load:
             else:
                 direct = reads
             read_into(self._files, direct, destinations, workers=self._options.workers)
-            return _PACK.encode(self._files.bytes_read)
+            return _PACK.encode(_Done(self._files.bytes_read, self._files.rebuilt))
 
         def total(payloads: list[bytes]) -> bytes:
-            return _PACK.encode(sum(msgspec.msgpack.decode(payload, type=int) for payload in payloads))
+            done = [msgspec.msgpack.decode(payload, type=_Done) for payload in payloads]
+            return _PACK.encode(_Done(sum(one.bytes_read for one in done), {name for one in done for name in one.rebuilt}))
 
-        bytes_read = msgspec.msgpack.decode(coordinator.round("load: read", read, total), type=int)
+        done = msgspec.msgpack.decode(coordinator.round("load: read", read, total), type=_Done)
         restored: list[Mapping[str, Any]] = []
 
         @self._timings.measure("place")
@@ -212,7 +220,7 @@ class Load:
             return b""
 
         coordinator.round("load: put back", finish)
-        return self._report(targets[0], restored[0], decision, bytes_read)
+        return self._report(targets[0], restored[0], decision, done)
 
     def _tell_of_mixture(self, error: Exception) -> None:
         """Name the tensors that an error leaves with something of this checkpoint."""
@@ -289,8 +297,8 @@ class Load:
         manifest = self._checkpoint.manifest
         return sorted([*manifest.tensors, *manifest.objects])
 
-    def _report(self, target: LoadTarget, state: Mapping[str, Any], decision: _Decision, bytes_read: int) -> Restored:
-        manifest = self._checkpoint.manifest
+    def _report(self, target: LoadTarget, state: Mapping[str, Any], decision: _Decision, done: _Done) -> Restored:
+        manifest, bytes_read = self._checkpoint.manifest, done.bytes_read
         info = RestoreInfo(
             world_size=manifest.world_size,
             bytes_needed=decision.needed,
@@ -302,6 +310,7 @@ class Load:
             unexpected=decision.unexpected,
             kept=tuple(target.kept),
             metadata=self._targets.metadata,
+            rebuilt=tuple(sorted(done.rebuilt)),
         )
         url, gigabytes = f"{self._store.url}/{self._prefix}".rstrip("/"), bytes_read / 1e9
         speed = gigabytes / info.seconds

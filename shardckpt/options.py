@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from .errors import ConfigError
 
+_PARITY = re.compile(r"xor:([2-9]|[1-9]\d{1,6})", re.ASCII)
 _CHOICES = {
     "read_once": ("auto", "always", "never"),
     "stage": ("eager", "lazy", "none"),
@@ -57,6 +59,13 @@ class Options:
     pin_memory: Literal["auto", "always", "never"] = "auto"
     """Whether states are staged in page-locked memory, which GPUs copy to faster: ``auto`` for states that lie on one, and
     without it where CUDA refuses; ``always`` needs a CUDA device, and fails the save where CUDA refuses."""
+    parity: str | None = None
+    """``xor:G``: groups of G ranks, on different hosts as far as can be, also write one parity of their files, so that any one
+    lost or damaged file of a group is rebuilt during load, and on disk by ``shardckpt repair``. Takes 1/G more bytes.
+
+    It is written in the background once the save is durable, from what is read back from storage, and the next save waits for
+    it; a blocking save does so itself. A save whose parity fails stays durable.
+    """
     on_memory_errors: Literal["refuse", "warn"] = "refuse"
     """What a save does when a GPU of its state has had memory errors that ECC could not correct, so that the state may be
     damaged: raise `DeviceMemoryError` on all ranks until a good state is restored, or log a warning."""
@@ -82,6 +91,27 @@ class Options:
                 "stage='none' and background='process' do not go together: another process sees only what was staged for it. "
                 "Take stage='lazy', or background='thread'"
             )
+        if self.parity is not None and not (isinstance(self.parity, str) and _PARITY.fullmatch(self.parity)):
+            raise ConfigError(
+                f"parity={self.parity!r} is not 'xor:G' with G, the number of ranks that share a parity, at least 2 (or None): "
+                "'xor:4' takes a quarter more bytes, and of each 4 files one can be rebuilt"
+            )
+
+    def parity_group(self, world_size: int) -> int | None:
+        """How many ranks share a parity at most, None without parity; `ConfigError` when there are not so many ranks."""
+        if self.parity is None:
+            return None
+        size = int(self.parity.partition(":")[2])
+        if world_size == 1:
+            raise ConfigError(
+                f"parity={self.parity!r} with one rank: there is no other file to rebuild its file from. Leave parity out"
+            )
+        if size > world_size:
+            raise ConfigError(
+                f"parity={self.parity!r} with {world_size} ranks: there are not {size} for a group. Take 'xor:{world_size}' "
+                "or a smaller group"
+            )
+        return size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ elements to where they belong. Nothing that was not verified ever reaches a targ
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,16 @@ import torch
 
 from .buffer import CHUNK, Buffer, BufferPool
 from .checksum import damaged_blocks, digest, digests_between
-from .errors import ChecksumMismatch, MissingFile, TruncatedFile
+from .errors import CheckpointError, ChecksumMismatch, IntegrityError, MissingFile, StoreError, TruncatedFile
 from .events import Timings
 from .layout import Copy, Piece, intersect
+from .parity.rebuild import Rebuilder
 from .reshard import FileReads
 from .stage import as_bytes
 from .store import FileReader, Store
 from .validate import Checkpoint
+
+logger = logging.getLogger("shardckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +107,18 @@ class CheckpointFiles:
         self._lock = threading.Lock()
         self.chunk_size = max(CHUNK, checkpoint.plan.block_size)
         """Bytes per chunk."""
-        self.bytes_read = 0
-        """Bytes of data that were read from storage so far."""
+        self.rebuilt: set[str] = set()
+        """Names of files of which something was rebuilt from parity, because it was missing or damaged."""
+        self._rebuilder = Rebuilder(store, prefix, checkpoint)
+        self._bytes_read = 0
         self._filled = set() if filled is None else filled
         self.timings = timings or Timings()
         """What was spent on reading and verifying; whoever places data adds to it."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of data that were read from storage so far, parity included."""
+        return self._bytes_read + self._rebuilder.bytes_read
 
     def note_filled(self, destination: Destination) -> None:
         """Say that something is placed there now."""
@@ -122,11 +133,30 @@ class CheckpointFiles:
     def read_verified(self, chunk: Chunk, buffer: Buffer) -> None:
         """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved.
 
-        The header is verified with the first bytes of data, so a load of all data verifies all headers.
+        What is missing or damaged is rebuilt, where there is a parity. The header is verified with the first bytes of data,
+        so a load of all data verifies all headers.
         """
+        file, block_size = chunk.reads.file, self._checkpoint.plan.block_size
+        try:
+            damaged = self._read(chunk, buffer.bytes[: chunk.stop - chunk.start])
+        except (IntegrityError, StoreError) as error:
+            self._rebuild(file, chunk.start, chunk.stop, buffer.bytes, error)
+        else:
+            data = self._checkpoint.manifest.files[file].data
+            for start in (chunk.start + number * block_size for number in damaged):
+                stop = min(start + block_size, chunk.stop)
+                changed = self._changed(file, data + start, data + stop)
+                self._rebuild(file, start, stop, buffer.bytes[start - chunk.start :], changed)
+        with self._lock:
+            self._left[file] -= 1
+            finished = None if self._left[file] else self._readers.pop(file, None)
+        if finished is not None:
+            finished.close()
+
+    def _read(self, chunk: Chunk, data: memoryview) -> list[int]:
+        """Fill ``data`` with a chunk; the numbers of blocks of it that are not what was saved."""
         file = chunk.reads.file
         record = self._checkpoint.manifest.files[file]
-        data = buffer.bytes[: chunk.stop - chunk.start]
         # opened before memory is taken on the manifest's word: only a file of the right size gets past it
         reader = self._reader(file)
         # no load needs the header: it is read only where it costs no request of its own
@@ -137,30 +167,46 @@ class CheckpointFiles:
             raise self._changed(file, 0, record.data)
         block_size = self._checkpoint.plan.block_size
         wanted = digests_between(self._checkpoint.digests[file], chunk.start, chunk.stop, block_size)
-        with self.timings.measure("verify", len(data)):
-            damaged = damaged_blocks(data, block_size, wanted)
-        if damaged:
-            start = chunk.start + damaged[0] * block_size
-            raise self._changed(file, record.data + start, record.data + min(start + block_size, chunk.stop))
         with self._lock:
-            self.bytes_read += len(data)
-            self._left[file] -= 1
-            finished = self._readers.pop(file) if not self._left[file] else None
-        if finished is not None:
-            finished.close()
+            self._bytes_read += len(data)
+        with self.timings.measure("verify", len(data)):
+            return damaged_blocks(data, block_size, wanted)
+
+    def _rebuild(self, file: int, start: int, stop: int, into: memoryview, error: CheckpointError) -> None:
+        """Fill ``into`` with bytes ``[start, stop)`` of a data region from other files; raises ``error`` if that cannot be."""
+        obstacle, is_rebuilt = None, False
+        try:
+            is_rebuilt = self._rebuilder.rebuild(file, start, stop, into)
+        except CheckpointError as found:
+            obstacle = found.message
+        if not is_rebuilt:
+            raise _unhelped(error, obstacle)
+        name = f"{self._prefix}{self._checkpoint.manifest.files[file].name}"
+        with self._lock:
+            is_news = name not in self.rebuilt
+            self.rebuilt.add(name)
+        if is_news:
+            logger.warning("rebuilt from parity, run shardckpt repair soon: %s", error)
 
     def require_sizes(self) -> None:
-        """Raise unless all files are there with the sizes that the manifest says, by one listing.
+        """Raise unless all files are there with the sizes that the manifest says, by one listing, or can be rebuilt.
 
         Called before memory is taken on the manifest's word alone.
         """
         sizes = {entry.name: entry.size for entry in self._store.list(self._prefix.rstrip("/"))}
         for file, record in enumerate(self._checkpoint.manifest.files):
-            name = f"{self._prefix}{record.name}"
-            if name not in sizes:
-                raise self._missing(file)
-            if sizes[name] != record.size:
-                raise self._truncated(file, sizes[name])
+            size = sizes.get(f"{self._prefix}{record.name}")
+            if size != record.size:
+                self._require_helped(file, sizes, self._missing(file) if size is None else self._truncated(file, size))
+
+    def _require_helped(self, file: int, sizes: Mapping[str, int], error: CheckpointError) -> None:
+        """Raise ``error`` about a file unless it can be rebuilt, as far as ``sizes`` tell."""
+        try:
+            obstacle = self._rebuilder.find_obstacle(file, sizes)
+        except CheckpointError as found:
+            obstacle = found.message
+        if obstacle is not None:
+            raise _unhelped(error, obstacle)
 
     def _reader(self, file: int) -> FileReader:
         with self._lock:
@@ -223,12 +269,20 @@ class CheckpointFiles:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        self._rebuilder.close()
 
     def __enter__(self) -> CheckpointFiles:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _unhelped(error: CheckpointError, obstacle: str | None) -> CheckpointError:
+    """``error``, with what keeps a parity from helping, if there is one."""
+    if obstacle:
+        error.add(f"It cannot be rebuilt from parity: {obstacle}")
+    return error
 
 
 def place(part: memoryview, dtype: str, source: Piece, destination: Destination) -> None:

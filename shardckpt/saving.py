@@ -28,6 +28,7 @@ from .live import LiveSource
 from .manifest import MANIFEST_NAME, Manifest, encode_canonical
 from .options import Options
 from .plan import Plan, make_plan
+from .protect import Committed, protect
 from .replicas import replica_groups
 from .root import Root
 from .stage import FileData, FileMap
@@ -132,6 +133,10 @@ class Prepared:
             samples[key] = dict(zip(names, sample_digests([self.data.tensors[name] for name in names]), strict=True))
         return samples
 
+    def committed(self, digest: str) -> Committed:
+        """What there is to protect, now that the manifest with this digest is published."""
+        return Committed(self._prefix, self.attempt, digest)
+
     def release(self) -> None:
         """Let go of the state's tensors, when nothing more is taken from them."""
         self.data = FileData(FileMap(()), {})
@@ -154,6 +159,8 @@ class Saver:
         self._coordinator = coordinator
         self._store = store
         self._options = options
+        self.parity_group = options.parity_group(coordinator.world_size)
+        """How many ranks share a parity at most; None without parity."""
         self.memory_errors = memory_errors or MemoryErrorGuard()
         """Watches the GPUs that states lie on."""
         self._plan: RankPlan | None = None
@@ -164,7 +171,16 @@ class Saver:
     ) -> Saved:
         """Save, straight from the state's tensors; returns when the checkpoint is durable on all ranks. Collective."""
         timings = timings or Timings()
-        return self.finish(self.prepare(prefix, step, state, metadata, timings), timings)
+        prepared = self.prepare(prefix, step, state, metadata, timings)
+        saved = self.finish(prepared, timings)
+        self.protect(prepared, saved)
+        return saved
+
+    def protect(self, prepared: Prepared, saved: Saved) -> None:
+        """Write the parity of a save that is durable, if there is to be one. Collective; failures are logged."""
+        if self.parity_group is not None:
+            committed, workers = prepared.committed(saved.digest), self._options.workers
+            protect(self._coordinator, self._store, committed, self.parity_group, workers=workers)
 
     def finish(self, prepared: Prepared, timings: Timings) -> Saved:
         """Write straight from the state's tensors, and commit. Collective."""

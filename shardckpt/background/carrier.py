@@ -12,6 +12,7 @@ from shardckpt.events import Timings
 from shardckpt.feed import Feed, News, Source, Staged, failed_feed
 from shardckpt.finish import Job, finish_save
 from shardckpt.hostmemory import HostMemory
+from shardckpt.protect import Committed, protect
 from shardckpt.store import Store
 
 
@@ -40,6 +41,10 @@ class Carrier(ABC):
         """Finish a save; the SHA-256 of its manifest. Collective, in a thread that training does not wait for."""
 
     @abstractmethod
+    def protect(self, job: Job, digest: str) -> None:
+        """Write the parity of a save that `carry` has just made durable, if there is to be one. Collective; never fails."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of everything, when no save is under way."""
 
@@ -57,8 +62,12 @@ class ThreadCarrier(Carrier):
 
     is_independent = False
 
-    def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, workers: int) -> None:
+    def __init__(
+        self, coordinator: Coordinator, store: Store, memory: HostMemory, *, workers: int, parity: int | None = None
+    ) -> None:
+        """``parity`` is the number of ranks that share one, at most."""
         self.memory = memory
+        self._parity = parity
         self._coordinator = coordinator.channel("background")
         self._store = store
         self._workers = workers
@@ -75,6 +84,11 @@ class ThreadCarrier(Carrier):
 
     def carry(self, job: Job, source: Source, notice: bytes, timings: Timings) -> str:
         return finish_save(job, source, self._store, self._coordinator, workers=self._workers, timings=timings)
+
+    def protect(self, job: Job, digest: str) -> None:
+        if self._parity is not None:
+            committed = Committed(job.prefix, job.attempt, digest)
+            protect(self._coordinator, self._store, committed, self._parity, workers=self._workers)
 
     def close(self) -> None:
         self.memory.close()

@@ -37,6 +37,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Seconds, as in `Options`."""
     workers: int
     """Threads that hash and write."""
+    parity: int | None = None
+    """How many ranks share a parity at most; none is written without."""
 
 
 class Listening(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +72,10 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     timings: Snapshot
 
 
+class Protected(msgspec.Struct, frozen=True, tag=True):
+    """The parity of a durable save is there, or was given up. Comes after `Done` when there is to be one."""
+
+
 class Broken(msgspec.Struct, frozen=True, tag=True):
     """The save has failed on all ranks."""
 
@@ -82,7 +88,7 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 
 
 Order: TypeAlias = Setup | Begin | Filled | Staged | Failed | Stop
-Report: TypeAlias = Listening | Written | Done | Broken
+Report: TypeAlias = Listening | Written | Done | Protected | Broken
 _Heard = TypeVar("_Heard", Order, Report)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import queue
@@ -22,11 +23,14 @@ from shardckpt.failure import rebuild
 from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
 from shardckpt.finish import Job
 from shardckpt.hostmemory import HostMemory
+from shardckpt.protect import give_up
 from shardckpt.store import Store
 
 from .carrier import Carrier, make_feed
 from .meet import announce, meet, understand
-from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Report, Setup, Stop
+from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Protected, Report, Setup, Stop
+
+logger = logging.getLogger("shardckpt")
 
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
@@ -38,8 +42,17 @@ class ProcessCarrier(Carrier):
 
     is_independent = True
 
-    def __init__(self, coordinator: Coordinator, store: Store, memory: HostMemory, *, timeout: float, workers: int) -> None:
-        """``memory`` is shared."""
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        store: Store,
+        memory: HostMemory,
+        *,
+        timeout: float,
+        workers: int,
+        parity: int | None = None,
+    ) -> None:
+        """``memory`` is shared; ``parity`` is the number of ranks that share one, at most."""
         self.memory = memory
         self._store = store
         self._coordinator = coordinator
@@ -51,10 +64,13 @@ class ProcessCarrier(Carrier):
             hosts=coordinator.hosts,
             timeout=timeout,
             workers=workers,
+            parity=parity,
         )
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._on_staged: Callable[[], None] = lambda: None
         self._feed: Feed | None = None
+        self._meeting = understand(b"")
+        self._is_protecting = False
         self._process = BackgroundProcess(self._setup, self.memory)
 
     def notice(self) -> bytes:
@@ -75,8 +91,8 @@ class ProcessCarrier(Carrier):
             self.feed(0, source.chunk, lambda: None)
         # on rank 0 no other one than that of which the other ranks were told
         process = self._process if notice and self._setup.rank == 0 else self._running()
-        meeting = understand(notice)
-        process.begin(job, source, meeting, self._items)
+        self._meeting, self._is_protecting = understand(notice), False
+        process.begin(job, source, self._meeting, self._items)
         while True:
             match item := self._items.get():
                 case Filled() | Failed():
@@ -88,12 +104,22 @@ class ProcessCarrier(Carrier):
                     source.hear(item)
                 case Done(digest, snapshot):
                     timings.merge(snapshot)
+                    self._is_protecting = self._setup.parity is not None
                     return digest
                 case Broken(failure, snapshot):
                     timings.merge(snapshot)
                     return settle(self._store, job, rebuild(failure))
                 case Gone():
-                    return self._take_over(job, meeting, process.describe_end())
+                    return self._take_over(job, process.describe_end())
+
+    def protect(self, job: Job, digest: str) -> None:
+        while self._is_protecting:
+            match self._items.get():
+                case Protected():
+                    self._is_protecting = False
+                case Gone():
+                    self._is_protecting = False
+                    self._give_up_parity(job, self._died(job, self._process.describe_end()))
 
     def close(self) -> None:
         self._process.close()
@@ -106,20 +132,30 @@ class ProcessCarrier(Carrier):
             self._process = BackgroundProcess(self._setup, self.memory)
         return self._process
 
-    def _take_over(self, job: Job, meeting: tuple[str, int], how: str) -> str:
+    def _died(self, job: Job, how: str) -> BackgroundDied:
+        rank = self._setup.rank
+        return BackgroundDied(f"the background process of rank {rank} {how} in the save of step {job.step}", rank=rank)
+
+    def _take_over(self, job: Job, how: str) -> str:
         """Tell the other ranks in place of a process that has died, unless it had committed."""
-        setup = self._setup
-        error = BackgroundDied(
-            f"the background process of rank {setup.rank} {how} in the save of step {job.step}", rank=setup.rank
-        )
+        setup, error = self._setup, self._died(job, how)
 
         def fail() -> bytes:
             raise error
 
         if setup.rank != 0:
-            with meet(setup, meeting) as stand_in, contextlib.suppress(CheckpointError):
+            with meet(setup, self._meeting) as stand_in, contextlib.suppress(CheckpointError):
                 stand_in.round("save: write", fail)
-        return settle(self._store, job, error)
+        digest = settle(self._store, job, error)
+        if setup.parity is not None:
+            self._give_up_parity(job, error)
+        return digest
+
+    def _give_up_parity(self, job: Job, error: BackgroundDied) -> None:
+        logger.warning("step %d is saved and durable, but has no parity: %s", job.step, error)
+        if self._setup.rank != 0:
+            with meet(self._setup, self._meeting) as stand_in:
+                give_up(stand_in, job.attempt, error)
 
 
 def settle(store: Store, job: Job, error: CheckpointError) -> str:

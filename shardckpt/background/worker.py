@@ -21,10 +21,11 @@ from shardckpt.failure import describe
 from shardckpt.feed import Failed, Feed, Filled, Staged
 from shardckpt.finish import finish_save
 from shardckpt.keystore import KeyServer
+from shardckpt.protect import Committed, protect
 from shardckpt.store import Store, open_store
 
 from .meet import meet
-from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Setup, Stop
+from .messages import Begin, Broken, Done, Gone, Line, Listening, Order, Protected, Setup, Stop
 
 _NICENESS = 10
 """Added to the trainer's; on Linux the priority of input and output follows."""
@@ -87,6 +88,10 @@ class Worker:
                 coordinator.greet()
                 digest = finish_save(begin.job, feed, self._store, coordinator, workers=setup.workers, timings=timings)
                 self._line.send(Done(digest, timings.snapshot()))
+                if setup.parity is not None:
+                    committed = Committed(begin.job.prefix, begin.job.attempt, digest)
+                    protect(coordinator, self._store, committed, setup.parity, workers=setup.workers)
+                    self._line.send(Protected())
             except BaseException as error:
                 self._line.send(Broken(describe(error), timings.snapshot()))
                 if not isinstance(error, CheckpointError):

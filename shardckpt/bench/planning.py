@@ -253,6 +253,7 @@ class _RankZero(Coordinator):
         decide: Callable[[list[bytes]], bytes] = lambda payloads: b"",
         *,
         timeout: float | None = None,
+        name: str | None = None,
     ) -> bytes:
         with self._watch.on(f"one rank: {label}"):
             mine = produce()

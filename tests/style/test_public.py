@@ -37,6 +37,7 @@ NAMES = [
     "HostMemoryError",
     "IntegrityError",
     "InvalidManifest",
+    "InvalidParity",
     "MissingFile",
     "MissingNames",
     "NotACheckpointRoot",
