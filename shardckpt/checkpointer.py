@@ -14,8 +14,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-import msgspec
-
 from .api import check_metadata, check_step
 from .appointment import Peers
 from .background.background import Background
@@ -27,7 +25,6 @@ from .errors import (
     BackgroundDied,
     CheckpointerClosed,
     CheckpointError,
-    CheckpointNotFound,
     ConfigError,
     NotACheckpointRoot,
     SaveDropped,
@@ -39,11 +36,12 @@ from .guard import STEP_GUARD
 from .handle import SaveHandle
 from .hostmemory import HostMemory
 from .journal import Journal
-from .loading import Load, Restored
+from .loading import Restored
 from .manifest import step_directory
 from .options import Options, Retention, Schedule
 from .policy import SavePolicy
 from .progress import Progress
+from .restoring import Restoring
 from .root import Root
 from .saving import Saver
 from .store import Store, open_store
@@ -219,25 +217,23 @@ class Checkpointer:
         strict: bool = True,
         convert_dtype: bool = False,
         expect_digest: str | None = None,
+        fallback: bool = False,
     ) -> Restored | None:
         """Load ``step``, or the newest committed one, into ``state`` in place; None when there is none to resume from.
 
         Waits for a save that is under way. A ``step`` that is not committed raises `CheckpointNotFound`. The other arguments
         are those of `shardckpt.load`.
+
+        With ``fallback``, steps that turn out to be damaged are skipped for the newest older one that is intact, and those
+        that did so in an earlier restore are not tried again; ``.info.skipped`` says which, and why. What they have filled in
+        part is filled anew, or `MissingNames` is raised. When no step is intact, the error of the newest one is raised.
         """
         self._background.wait()
         self._surface()
         selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
-        chosen = msgspec.json.decode(self._coordinator.broadcast("restore: find", lambda: self._choose(step)))
-        if chosen is None:
-            return None
-        self._reading.add(chosen)
-        try:
-            prefix = f"{step_directory(chosen)}/"
-            restored = Load(self._coordinator, self._store, prefix, selection, self._options, self._sink).run(state)
-        finally:
-            self._reading.discard(chosen)
-        if keys is None:
+        restoring = Restoring(self._coordinator, self._store, self._options, self._sink, self._reading)
+        restored = restoring.run(state, selection, step, fallback=fallback)
+        if restored is not None and keys is None:
             # what they may have damaged is replaced
             self._saver.memory_errors.start_anew()
         return restored
@@ -283,7 +279,9 @@ class Checkpointer:
         if wait:
             prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings)
             progress.note_requested(prepared.attempt)
-            progress.ended(self._saver.finish(prepared, progress.timings))
+            saved = self._saver.finish(prepared, progress.timings)
+            progress.ended(saved)
+            self._saver.protect(prepared, saved)
         else:
             self._background.start(progress, prefix, state, metadata)
 
@@ -321,20 +319,8 @@ class Checkpointer:
             self._background.drop(SaveDropped(f"the save of step {under_way} was replaced by that of step {handle.step}"))
         return True
 
-    def _choose(self, step: int | None) -> bytes:
-        steps = self.steps()
-        if step is None:
-            return msgspec.json.encode(steps[-1] if steps else None)
-        if step not in steps:
-            raise CheckpointNotFound(
-                f"step {step!r} is not committed in {self.url}; committed are {steps[-8:] if steps else 'none'}",
-                step=step,
-                steps=steps,
-            )
-        return msgspec.json.encode(step)
-
     def _prune(self, newest: int) -> None:
-        """Remove expired steps, on rank 0. The save is durable by now, so a failure here is only logged."""
+        """Remove expired steps and dead attempts, on rank 0. The save is durable by now, so a failure here is only logged."""
         if self._coordinator.rank != 0 or self._retention.keep_last is None:
             return
         try:
@@ -368,15 +354,16 @@ class Checkpointer:
 def _make_carrier(coordinator: Coordinator, store: Store, options: Options) -> Carrier:
     limit, sharers = options.host_memory_limit, coordinator.local_ranks
     share = None if limit is None else limit // sharers
+    parity = options.parity_group(coordinator.world_size)
     if options.background == "thread":
         memory = HostMemory(limit=share, sharers=sharers)
-        return ThreadCarrier(coordinator, store, memory, workers=options.workers)
+        return ThreadCarrier(coordinator, store, memory, workers=options.workers, parity=parity)
     if isinstance(store, MemoryStore):
         raise ConfigError(
             f"{store.url} lies in the memory of this process, where a background process cannot write: take background='thread'"
         )
     memory = HostMemory(limit=share, sharers=sharers, shared=True)
-    return ProcessCarrier(coordinator, store, memory, timeout=options.timeout, workers=options.workers)
+    return ProcessCarrier(coordinator, store, memory, timeout=options.timeout, workers=options.workers, parity=parity)
 
 
 _OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

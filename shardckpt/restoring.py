@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restore: which step of a root is loaded, and what happens when it is damaged.
+
+A step that turns out to be damaged is remembered beside the steps (`shardckpt.failed_restores`). With ``fallback`` the newest
+older step that is intact is restored instead, on all ranks alike: they judge by the error that all of them were told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from .commit import read_manifest_bytes
+from .coordinate import Coordinator
+from .errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    ChecksumMismatch,
+    ConfigError,
+    IntegrityError,
+    InvalidManifest,
+    MissingFile,
+    StoreError,
+    TruncatedFile,
+    UnsupportedVersion,
+)
+from .events import Sink
+from .failed_restores import FailedRestores
+from .failure import rebuild
+from .loading import Load, Restored
+from .manifest import manifest_digest, step_directory
+from .options import Options
+from .root import Root
+from .store import Store
+from .targets import Selection
+
+logger = logging.getLogger("shardckpt")
+
+_DAMAGE = (ChecksumMismatch, InvalidManifest, MissingFile, TruncatedFile)
+"""A newer version is not damage, and neither is a manifest that ``expect_digest`` refuses: both are for the user to settle."""
+_SHOWN = 8
+
+
+class _Candidates(msgspec.Struct):
+    """Steps to try, in this order, and those that are not tried: (step, what is wrong with it)."""
+
+    steps: list[int]
+    skipped: list[tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Restoring:
+    """Restores steps of one root; collective."""
+
+    coordinator: Coordinator
+    """Of all ranks."""
+    store: Store
+    """Holds the root."""
+    options: Options
+    """Of loads."""
+    sink: Sink
+    """Is told how long things take."""
+    reading: set[int]
+    """Holds the step that is being read, for whoever prunes."""
+
+    def run(self, state: Mapping[str, Any], selection: Selection, step: int | None, *, fallback: bool) -> Restored | None:
+        """Restore ``step``, or the newest one; with ``fallback`` the newest intact one up to there. None when there is no step.
+
+        Raises `CheckpointNotFound` for a step that is not committed, and the errors of the load. With ``fallback`` that of the
+        newest step when none is intact; the detail ``tried`` then says what is wrong with each.
+        """
+        if fallback and selection.expect_digest is not None:
+            raise ConfigError("fallback=True may restore any step, and expect_digest= names one: leave one of them out")
+        packed = self.coordinator.broadcast("restore: find", lambda: msgspec.json.encode(self._find(step, fallback)))
+        found = msgspec.json.decode(packed, type=_Candidates)
+        skipped = found.skipped
+        for number, why in skipped:
+            logger.warning("step %d of %s is skipped, as a restore of it has failed before: %s", number, self.store.url, why)
+        newest: Exception | None = None
+        filled: set[str] = set()
+        for number in found.steps:
+            prefix = f"{step_directory(number)}/"
+            load = Load(self.coordinator, self.store, prefix, selection, self.options, self.sink, frozenset(filled))
+            self.reading.add(number)
+            try:
+                restored = load.run(state)
+            except Exception as error:
+                reason = self._judge(number, load)
+                if reason is None or not fallback:
+                    raise
+                logger.warning("step %d of %s is damaged, an older one is tried: %s", number, self.store.url, reason)
+                skipped.append((number, reason))
+                newest = newest or error
+            else:
+                self._forget(number, selection)
+                return replace(restored, info=replace(restored.info, skipped=tuple(sorted(skipped, reverse=True))))
+            finally:
+                self.reading.discard(number)
+            filled |= load.filled
+        if newest is None:
+            return None
+        if isinstance(newest, CheckpointError):
+            skipped.sort(reverse=True)
+            newest.add(f"No older step is intact. Tried were: {_listed(skipped)}", tried=[number for number, _ in skipped])
+        raise newest
+
+    def _find(self, step: int | None, fallback: bool) -> _Candidates:
+        """On rank 0: the steps to try."""
+        steps = Root(self.store).steps()
+        if step is not None and step not in steps:
+            raise CheckpointNotFound(
+                f"step {step!r} is not committed in {self.store.url}; committed are {steps[-8:] if steps else 'none'}",
+                step=step,
+                steps=steps,
+            )
+        if not fallback:
+            return _Candidates(steps[-1:] if step is None else [step], [])
+        candidates = [number for number in reversed(steps) if step is None or number <= step]
+        damaged = self._find_damaged({*candidates} - {step})
+        found = _Candidates([number for number in candidates if number not in damaged], sorted(damaged.items(), reverse=True))
+        if damaged and not found.steps:
+            raise IntegrityError(
+                f"no step of {self.store.url} is intact: a restore of each has failed before: {_listed(found.skipped)}. "
+                "Ask for one by number to try it again, or verify it with --read-data",
+                tried=[number for number, _ in found.skipped],
+            )
+        return found
+
+    def _find_damaged(self, steps: Set[int]) -> dict[int, str]:
+        """Those of ``steps`` whose restore has failed before, with the manifest that they have now, and why."""
+        failed_restores = FailedRestores(self.store)
+        found: dict[int, str] = {}
+        try:
+            for failed in failed_restores.entries():
+                if failed.step in steps and failed.digest == self._digest(failed.step):
+                    found[failed.step] = failed_restores.reason(failed)
+        except StoreError as error:
+            logger.warning("it is not known which steps of %s are damaged: %s", self.store.url, error)
+        return found
+
+    def _digest(self, step: int) -> str | None:
+        try:
+            return manifest_digest(read_manifest_bytes(self.store, f"{step_directory(step)}/"))
+        except CheckpointError:
+            # the load will tell what is wrong with it now
+            return None
+
+    def _judge(self, step: int, load: Load) -> str | None:
+        """What is wrong with a step whose load has failed, the same on all ranks; None when it is not damaged."""
+        failure = load.failure
+        if failure is None or not is_damage(rebuild(failure)):
+            return None
+        if load.manifest:
+            FailedRestores(self.store).remember(step, manifest_digest(load.manifest), failure)
+        return f"{failure.kind}: {failure.message}"
+
+    def _forget(self, step: int, selection: Selection) -> None:
+        """What is restored now was not damaged, or is no longer."""
+        if self.coordinator.rank == 0 and selection.keys is None:
+            FailedRestores(self.store).forget(step)
+
+
+def is_damage(error: CheckpointError) -> bool:
+    """Whether an error of a load says that the checkpoint is damaged, and not that it is another one than was asked for."""
+    return isinstance(error, _DAMAGE) and not isinstance(error, UnsupportedVersion)
+
+
+def _listed(skipped: Sequence[tuple[int, str]]) -> str:
+    shown = "; ".join(f"step {number} ({reason})" for number, reason in skipped[:_SHOWN])
+    return shown if len(skipped) <= _SHOWN else f"{shown}; and {len(skipped) - _SHOWN} older ones"
