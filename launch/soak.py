@@ -28,14 +28,15 @@ def draw(chance: random.Random, launcher: str, chain: Plan | None, leg: int) -> 
     background = chance.choice(["thread", "thread", "process"])
     victims = chance.choice(["one", "one", "all", "everything"] + ["background"] * (background == "process"))
     forked = launcher == "fork"
+    keep_last = chain.keep_last if chain else chance.choice([None, 1, 2, 3])
     return Plan(
         launcher=launcher,
         leg=leg,
         world_size=world_size,
         seed=chain.seed if chain else chance.randrange(1 << 30),
         columns=chain.columns if chain else chance.choice([500, 500, 500, 40_000]),
-        keep_last=chain.keep_last if chain else chance.choice([None, 1, 2, 3]),
-        keep_every=chain.keep_every if chain else chance.choice([None, 10]),
+        keep_last=keep_last,
+        keep_every=chain.keep_every if chain else keep_last and chance.choice([None, 10]),
         steps=chance.randrange(40, 100),
         every=chance.randrange(1, 7),
         blocking=chance.random() < 0.25,
