@@ -19,7 +19,7 @@ from .plan import PlannedTensor
 from .read import CheckpointFiles, Destination, read_into
 from .reshard import Want, plan_reads
 from .state import open_target
-from .tree import StoredIndex, StoredTensor, unflatten
+from .tree import StoredIndex, StoredTensor, decode_containers, unflatten
 from .validate import Checkpoint
 from .values import Container, decode_value
 
@@ -130,7 +130,7 @@ class Targets:
             aliases=self._plan.aliases,
             values={name: decode_value(value, name) for name, value in manifest.objects.items()},
             per_rank_values={t.name: self._read_value(t, rank) for t in values},
-            containers=_decode_containers(manifest.containers),
+            containers=decode_containers(manifest.containers),
         )
 
     def _read_value(self, tensor: PlannedTensor, rank: int) -> Any:
@@ -183,11 +183,3 @@ class Targets:
                 stored=tensor.dtype,
                 target=target_dtype,
             )
-
-
-def _decode_containers(records: Mapping[str, Any]) -> dict[str, Container]:
-    decoded = {name: decode_value(record, name) for name, record in records.items()}
-    for name, container in decoded.items():
-        if not isinstance(container, Container):
-            raise InvalidManifest(f"invalid manifest: containers: {name!r} is not a container", name=name)
-    return decoded

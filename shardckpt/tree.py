@@ -17,8 +17,8 @@ from typing import Any
 
 from .errors import InvalidManifest, StateError
 from .layout import GlobalLayout, Ints, PerRankShapes
-from .manifest import DEPTH_LIMIT
-from .values import Container
+from .manifest import DEPTH_LIMIT, Manifest
+from .values import Container, decode_value
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BAD_ESCAPE = re.compile("~(?![01])")
@@ -99,6 +99,26 @@ def _rebuild(nodes: dict[str, dict[str, Any]], path: str, container: Container) 
         )
     parent, _, part = path.rpartition("/")
     nodes[parent][unescape(part)] = container.build(nodes[path])
+
+
+def decode_containers(records: Mapping[str, Any]) -> dict[str, Container]:
+    """The containers of a manifest; raises InvalidManifest."""
+    decoded = {name: decode_value(record, name) for name, record in records.items()}
+    for name, container in decoded.items():
+        if not isinstance(container, Container):
+            raise InvalidManifest(f"invalid manifest: containers: {name!r} is not a container", name=name)
+    return decoded
+
+
+def read_tree(manifest: Manifest) -> dict[str, Any]:
+    """The state that a manifest describes, as far as it stands there itself: None in place of tensors.
+
+    Left out are values that each rank saved for itself. Raises InvalidManifest when values or names make no tree.
+    """
+    decode_value(manifest.metadata, "metadata")
+    leaves: dict[str, Any] = {name: None for name, record in manifest.tensors.items() if not record.value}
+    leaves |= {name: decode_value(value, name) for name, value in manifest.objects.items()}
+    return unflatten(leaves, decode_containers(manifest.containers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.reshard import Extent
 from shardckpt.store import FileReader, Store
+from shardckpt.tree import read_tree
 
 from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint
 
@@ -78,7 +79,9 @@ def verify(
     found: list[Verification | StoredCheckpoint] = []
     for prefix in committed_prefixes(store):
         try:
-            found.append(open_checkpoint(store, prefix))
+            stored = open_checkpoint(store, prefix)
+            read_tree(stored.checkpoint.manifest)
+            found.append(stored)
         except CheckpointError as error:
             found.append(_unreadable(store, prefix, error))
     sizes = [int(f.checkpoint.plan.total_bytes) if isinstance(f, StoredCheckpoint) else 0 for f in found]
