@@ -41,6 +41,7 @@ from .manifest import step_directory
 from .options import Options, Retention, Schedule
 from .policy import SavePolicy
 from .progress import Progress
+from .pruning import RunPruner
 from .restoring import Restoring
 from .root import Root
 from .saving import Saver
@@ -111,6 +112,7 @@ class Checkpointer:
         self._sink = Sink(on_event)
         self._store = self._open_store(root)
         self._root = Root(self._store)
+        self._pruner = RunPruner(self._store, self._retention)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
         carrier = _make_carrier(self._coordinator, self._store, self._options)
@@ -324,7 +326,7 @@ class Checkpointer:
         if self._coordinator.rank != 0 or self._retention.keep_last is None:
             return
         try:
-            self._root.prune(self._root.plan_prune(self._retention, protected={newest, *self._reading}))
+            self._pruner.committed(newest, self._reading)
         except Exception as error:
             logger.warning("could not prune %s after step %d was saved: %s", self.url, newest, error)
 

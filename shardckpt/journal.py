@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
@@ -21,7 +21,7 @@ import msgspec
 
 from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, MissingFile, NotACheckpointRoot
 from .manifest import step_directory
-from .store import Store, is_temporary
+from .store import Entry, Store, is_temporary
 
 logger = logging.getLogger("shardckpt")
 
@@ -163,6 +163,12 @@ class Journal:
         if not self._has_warned:
             self._has_warned = True
             logger.warning("%s holds %r, which is ignored, as are others like it: %s", self._store.url, name, problem)
+
+
+def fresh_attempts(markers: Iterable[Entry], since: float) -> set[str]:
+    """Attempts of which the ``markers`` tell that they were under way at ``since`` or later, by the clock of the storage."""
+    parsed = ((entry, _parse(entry.name)) for entry in markers if entry.modified >= since)
+    return {found[1] for _, found in parsed if found is not None and found[2] != "failed"}
 
 
 def outdated(

@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A root: the directory of a run, with one directory per step. What is committed there, and what may go."""
+"""A root: the directory of a run, with one directory per step. What is there, and what of it is committed."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import CheckpointNotFound, MissingFile, NotACheckpointRoot
+from .journal import DIRECTORY as JOURNAL
 from .manifest import FILE_PATTERN, MANIFEST_NAME, STEP_PATTERN, step_directory
-from .options import Retention
+from .parity.layout import PARITY_PATTERN, PARITY_RECORD_PATTERN
 from .store import Entry, Store, is_temporary
+
+CLOCK_DIRECTORY = ".clock"
+"""Where files are put for a moment, to see what time the storage stamps on them."""
+_REMOVAL = re.compile(r"removing-([0-9a-f]{8,32})\.tmp\Z", re.ASCII)
+_PARITY = re.compile(r"parity(?:-\d{5,9}-\d{5,9})?-([0-9a-f]{8,32})\.(?:xor|json)\Z", re.ASCII)
+_STRAY = re.compile(rf"((probe|{re.escape(MANIFEST_NAME)})\.[0-9a-f]{{8}}|{re.escape(CLOCK_DIRECTORY)}/[^/]+)\.tmp\Z", re.ASCII)
+
+
+def removal_mark(attempt: str) -> str:
+    """Name, in the directory of a step, of the file that says that a committed attempt is being removed."""
+    return f"removing-{attempt}.tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +37,57 @@ class StepFiles:
     @property
     def committed(self) -> bool:
         """Whether there is a manifest."""
-        return self.committed_at is not None
+        return self.manifest is not None
 
     @property
     def committed_at(self) -> float | None:
         """When the manifest was published: seconds since the epoch, by the clock of the storage; None without one."""
-        return next((entry.modified for entry in self.entries if entry.name.endswith(f"/{MANIFEST_NAME}")), None)
+        return self.manifest.modified if self.manifest is not None else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.entries)
 
+    @property
+    def manifest(self) -> Entry | None:
+        """The manifest, if there is one."""
+        return next((entry for entry in self.entries if _leaf(entry) == MANIFEST_NAME), None)
+
+    def by_attempt(self) -> dict[str, list[Entry]]:
+        """Files of ranks, by the id of the attempt at a save that they are of."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            attempt = attempt_of(_leaf(entry))
+            if attempt is not None:
+                found.setdefault(attempt, []).append(entry)
+        return found
+
+    def removals(self) -> dict[str, Entry]:
+        """What says that a committed attempt is being removed, by attempt."""
+        return {found[1]: entry for entry in self.entries if (found := _REMOVAL.match(_leaf(entry)))}
+
+    @property
+    def temporaries(self) -> tuple[Entry, ...]:
+        """What the store has made for its own use, and the marks of removals."""
+        return tuple(entry for entry in self.entries if is_temporary(entry.name))
+
 
 @dataclass(frozen=True, slots=True)
-class Removal:
-    """One step of a plan to prune: files in the order in which they go, the manifest first."""
+class Listing:
+    """What one listing of a root shows."""
 
-    step: int
-    """Number of the step."""
-    names: tuple[str, ...]
-    """Names in the store."""
-    nbytes: int
-    """Bytes that are freed."""
+    steps: list[StepFiles]
+    """The directories of steps, by step."""
+    saves: tuple[Entry, ...]
+    """The journal of saves."""
+    strays: tuple[Entry, ...]
+    """Temporary files outside the directories of steps."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is anything that a run has put there."""
+        return bool(self.steps or self.saves or self.strays)
 
 
 class Root:
@@ -55,14 +96,28 @@ class Root:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def scan(self) -> list[StepFiles]:
-        """All step directories, committed or not, by step."""
+    def look(self) -> Listing:
+        """All there is, by one listing."""
         by_step: dict[int, list[Entry]] = {}
+        saves, strays = [], []
         for entry in self._store.list():
             step = _step_of(entry.name)
             if step is not None:
                 by_step.setdefault(step, []).append(entry)
-        return [StepFiles(step, tuple(by_step[step])) for step in sorted(by_step)]
+            elif entry.name.startswith(f"{JOURNAL}/"):
+                saves.append(entry)
+            elif _STRAY.match(entry.name):
+                strays.append(entry)
+        return Listing([StepFiles(step, tuple(by_step[step])) for step in sorted(by_step)], tuple(saves), tuple(strays))
+
+    def look_at(self, step: int) -> StepFiles:
+        """What is there of one step, which may be nothing."""
+        entries = self._store.list(step_directory(step))
+        return StepFiles(step, tuple(entry for entry in entries if _step_of(entry.name) == step))
+
+    def scan(self) -> list[StepFiles]:
+        """All step directories, committed or not, by step."""
+        return self.look().steps
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
@@ -88,29 +143,6 @@ class Root:
                 url=self._store.url,
                 found=foreign,
             )
-
-    def plan_prune(
-        self, retention: Retention, protected: Iterable[int] = (), abandoned_before: float | None = None
-    ) -> list[Removal]:
-        """What goes under ``retention``: committed steps only, never the newest, never ``protected`` ones.
-
-        With ``abandoned_before`` (seconds since the epoch, by the clock of the storage) also steps without a manifest of which
-        no file was written since then: what a save or a prune has left behind that was killed.
-        """
-        found = {files.step: files for files in self.scan()}
-        going = set(retention.expired([step for step, files in found.items() if files.committed]))
-        if abandoned_before is not None:
-            going |= {s for s, f in found.items() if not f.committed and all(e.modified < abandoned_before for e in f.entries)}
-        return [
-            Removal(step, tuple(sorted((e.name for e in found[step].entries), key=_manifest_first)), found[step].nbytes)
-            for step in sorted(going - set(protected))
-        ]
-
-    def prune(self, removals: Iterable[Removal]) -> None:
-        """Carry out a plan. A step without its manifest is no checkpoint, so it disappears at once, whatever follows."""
-        for removal in removals:
-            for name in removal.names:
-                self._store.delete(name)
 
 
 def commit_times(found: Iterable[StepFiles]) -> dict[int, float]:
@@ -138,9 +170,15 @@ def _step_of(name: str) -> int | None:
     return int(found[1])
 
 
+def attempt_of(file: str) -> str | None:
+    """The attempt that a file in the directory of a checkpoint is of, by its name; None when the name does not tell."""
+    found = FILE_PATTERN.match(file) or PARITY_PATTERN.match(file) or PARITY_RECORD_PATTERN.match(file)
+    return found[found.re.groups] if found else None
+
+
 def _is_known_file(file: str) -> bool:
-    return file == MANIFEST_NAME or FILE_PATTERN.match(file) is not None or is_temporary(file)
+    return "/" not in file and (file == MANIFEST_NAME or attempt_of(file) is not None or is_temporary(file))
 
 
-def _manifest_first(name: str) -> tuple[bool, str]:
-    return not name.endswith(f"/{MANIFEST_NAME}"), name
+def _leaf(entry: Entry) -> str:
+    return entry.name.rpartition("/")[2]

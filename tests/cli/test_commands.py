@@ -226,7 +226,7 @@ def test_diff_json(root: Path) -> None:
 
 def test_prune_does_what_the_dry_run_says(root: Path) -> None:
     planned = run("prune", root, "--keep-last", "1", "--keep-every", "2", "--dry-run", "--json").json
-    assert planned.keys() == {"path", "dry_run", "kept", "removed", "bytes", "markers"}
+    assert planned.keys() == {"path", "dry_run", "kept", "removed", "changed", "bytes", "markers"}
     assert [directory.name for directory in sorted(root.iterdir())] == STEPS
     done = run("prune", root, "--keep-last", "1", "--keep-every", "2", "--json").json
     assert done == {**planned, "dry_run": False}
@@ -263,7 +263,7 @@ def test_prune_of_what_was_left_behind(root: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["ls"], ["show"], ["verify"], ["digest"], ["diff"], ["diff", "only-one"], ["prune", "."], ["nonsense"], []),
+        *(["ls"], ["show"], ["verify"], ["digest"], ["diff"], ["diff", "only-one"], ["prune"], ["nonsense"], []),
         *(["ls", ".", "--nonsense"], ["prune", ".", "--keep-last", "0"], ["digest", ".", "--memory", "0"]),
         *(["ls", "ftp://host/path"], ["show", ""], ["ls", "a\0b"]),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shardckpt.errors import CheckpointNotFound, ConfigError, NotACheckpointRoot
 from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
 from shardckpt.options import Options, Retention
+from shardckpt.pruning import Pruner
 from shardckpt.root import Root, find_checkpoint
 from shardckpt.store import MemoryStore
 
@@ -127,9 +128,9 @@ def test_a_checkpoint_is_found_at_a_place_or_below_a_root() -> None:
 def test_retention(steps: list[int], keep_last: int | None, keep_every: int | None, protected: set[int]) -> None:
     retention = Retention(keep_last=keep_last, keep_every=keep_every if keep_last else None)
     store = store_with(*step_names(steps))
-    root = Root(store)
-    removals = root.plan_prune(retention, protected)
-    root.prune(removals)
+    root, pruner = Root(store), Pruner(store)
+    plan = pruner.plan(root.look(), retention, protected=protected)
+    assert all(pruner.remove(removal) for removal in plan)
     expected = []
     for at, step in enumerate(sorted(steps, reverse=True)):
         recent = keep_last is None or at < keep_last
@@ -139,49 +140,8 @@ def test_retention(steps: list[int], keep_last: int | None, keep_every: int | No
     assert root.steps() == sorted(expected)
     assert max(steps) in expected
     assert left(store) == sorted(step_names(expected))
-    assert {removal.step for removal in removals} == set(steps) - set(expected)
-    assert root.plan_prune(retention, protected) == []
-
-
-def test_the_manifest_goes_first() -> None:
-    store = store_with(*step_names([1, 2]), f"{step_directory(1)}/{rank_file_name(1, '0123456789abcdef')}")
-    (removal,) = Root(store).plan_prune(Retention(keep_last=1))
-    assert removal.names[0] == f"{step_directory(1)}/{MANIFEST_NAME}"
-    assert removal.nbytes == 3
-
-
-def test_attempts_under_way_are_left_alone() -> None:
-    store = store_with(*step_names([1, 3]), *step_names([2, 4], committed=False))
-    root = Root(store)
-    root.prune(root.plan_prune(Retention(keep_last=1)))
-    assert left(store) == sorted([*step_names([3]), *step_names([2, 4], committed=False)])
-
-
-def test_what_a_killed_save_left_goes_when_it_is_asked_for_by_age() -> None:
-    clock = [100.0]
-    store = MemoryStore(f"root-{next(_numbers)}", lambda: clock[0])
-    for now, names in (
-        (100.0, step_names([1], committed=False)),
-        (100.0, step_names([2])),
-        (200.0, step_names([3], committed=False)),
-    ):
-        clock[0] = now
-        for name in names:
-            store.put_if_absent(name, b"x")
-    root = Root(store)
-    assert [removal.step for removal in root.plan_prune(Retention(), abandoned_before=150.0)] == [1]
-    assert [removal.step for removal in root.plan_prune(Retention(), abandoned_before=100.0)] == []
-    assert [removal.step for removal in root.plan_prune(Retention(), {1}, abandoned_before=300.0)] == [3]
-
-
-def test_an_interrupted_prune_is_finished_by_a_rerun() -> None:
-    store = store_with(*step_names([1, 2]))
-    root = Root(store)
-    (removal,) = root.plan_prune(Retention(keep_last=1))
-    store.delete(removal.names[0])
-    assert root.steps() == [2]
-    root.prune([removal])
-    assert left(store) == sorted(step_names([2]))
+    assert {removal.step for removal in plan} == set(steps) - set(expected)
+    assert pruner.plan(root.look(), retention, protected=protected) == []
 
 
 # ---- options

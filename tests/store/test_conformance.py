@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.errors import AlreadyExists, CheckpointError, MissingFile, StoreError, TruncatedFile
-from shardckpt.store import ALIGNMENT, FileReader, Store, check_name, is_temporary
+from shardckpt.store import ALIGNMENT, FileReader, LocalStore, Store, check_name, is_temporary
 from tests.store.helpers import aligned, in_threads, load_file, names, read_all, replace_file, some_bytes, store_file, write
 
 BAD_NAMES = ["", "/a", "a//b", "a/", "..", "a/../b", ".", "./a", "a\0b", "a\nb", "a\x1bb", "a\\b", "a\u202eb", "\ud800"]
@@ -293,6 +294,22 @@ def test_threads_delete_one_directory_while_others_fill_it(store: Store) -> None
 
     in_threads(4, turn)
     assert names(store) == []
+
+
+def test_empty_directories_go_with_a_file_that_is_not_there(store: Store, tmp_path: Path) -> None:
+    store.put_if_absent("step-1/manifest.json", b"x")
+    assert list(store.empty_directories()) == []
+    if not isinstance(store, LocalStore):
+        return
+    (Path(store.url) / "step-2").mkdir()
+    (Path(store.url) / "step-3" / "sub").mkdir(parents=True)
+    (entry,) = store.empty_directories()
+    assert (entry.name, entry.size) == ("step-2", 0)
+    assert entry.modified == (Path(store.url) / "step-2").stat().st_mtime
+    for name in ("step-1", "step-2"):
+        store.delete(f"{name}/empty.tmp")
+    assert sorted(path.name for path in Path(store.url).iterdir()) == ["step-1", "step-3"]
+    assert list(LocalStore(tmp_path / "missing").empty_directories()) == []
 
 
 def test_temporary_names_are_told_by_their_end() -> None:

@@ -21,6 +21,7 @@ from shardckpt.errors import AlreadyCommitted, NotACheckpointRoot, StorageFull, 
 from shardckpt.journal import KEPT_FAILURES, LOST_SECONDS, SILENT_SECONDS, Journal, JournalEntry, outdated
 from shardckpt.manifest import MANIFEST_NAME, step_directory
 from shardckpt.options import Retention
+from shardckpt.pruning import Pruner
 from shardckpt.root import Root, commit_times
 from shardckpt.store import Entry, FileReader, FileWriter, LocalStore, MemoryStore, Store
 from tests.store.faults import FaultyFileSystem, Killed, WithoutLinks
@@ -128,7 +129,8 @@ def test_a_root_does_not_mind_the_journal(store: Store) -> None:
     commit(store, 1)
     assert root.steps() == [1]
     assert [found.step for found in root.scan()] == [1]
-    root.prune(root.plan_prune(Retention(keep_last=1), abandoned_before=2e9))
+    pruner = Pruner(store)
+    assert [pruner.remove(removal) for removal in pruner.plan(root.look(), Retention(keep_last=1), dead_before=2e9)] == []
     assert len(names(store)) == 3
 
 
