@@ -38,8 +38,8 @@ MAX_MESH_RANKS = 1 << 22
 """Ranks of all meshes of a manifest together: a regular mesh is a few bytes there, and a number per rank in memory."""
 MAX_SPLITS = 1 << 13
 """Product of the split factors of a layout: a shard has up to so many pieces."""
-BOX_TESTS = 512
-"""Pairs of boxes, per box, that are tried for overlap. Grids of up to 512 x 512 boxes need no more."""
+BOX_TESTS = 256
+"""Pairs of boxes, per box, that are tried for overlap. Grids of up to 256 x 256 boxes need no more."""
 
 
 def encode_placement(placement: Placement) -> str:

@@ -325,7 +325,7 @@ LONG = {
     "boxes-side-by-side": long(
         "boxes, too many of them side by side",
         _wide(4096),
-        add_tensor("stripes", dtype="int8", shape=[3000, 2000], boxes=_stripes(3000, 1000)),
+        add_tensor("stripes", dtype="int8", shape=[1500, 1000], boxes=_stripes(1500, 500)),
     ),
 }
 

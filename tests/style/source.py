@@ -71,4 +71,4 @@ def text_files() -> list[Path]:
 
 def _is_generated(path: Path) -> bool:
     parts = path.relative_to(ROOT).parts
-    return "__pycache__" in parts or any(part.endswith(".egg-info") for part in parts)
+    return "__pycache__" in parts or "corpus" in parts or any(part.endswith(".egg-info") for part in parts)
