@@ -18,9 +18,18 @@ import torch
 
 from .buffer import CHUNK, Buffer, BufferPool
 from .checksum import damaged_blocks, digest, digests_between
-from .errors import CheckpointError, ChecksumMismatch, IntegrityError, MissingFile, StoreError, TruncatedFile
+from .errors import (
+    CheckpointError,
+    CheckpointRemoved,
+    ChecksumMismatch,
+    IntegrityError,
+    MissingFile,
+    StoreError,
+    TruncatedFile,
+)
 from .events import Timings
 from .layout import Copy, Piece, intersect
+from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, manifest_digest
 from .parity.rebuild import Rebuilder
 from .reshard import FileReads
 from .stage import as_bytes
@@ -67,11 +76,20 @@ def read_into(
 ) -> None:
     """Read, verify and place all of ``reads``; ``destinations`` are by the keys of their wants.
 
-    Raises `IntegrityError` and `StoreError`; what was placed before stays in the destinations.
+    Raises `IntegrityError` and `StoreError`; what was placed before stays in the destinations, and no more chunks are begun.
     """
     pool = BufferPool(workers, source.chunk_size)
+    failed = threading.Event()
 
     def job(chunk: Chunk) -> None:
+        if not failed.is_set():
+            try:
+                read_and_place(chunk)
+            except BaseException:
+                failed.set()
+                raise
+
+    def read_and_place(chunk: Chunk) -> None:
         with pool.borrow() as buffer:
             source.read_verified(chunk, buffer)
             segments = list(chunk.reads.segments_in(chunk.start, chunk.stop))
@@ -140,6 +158,8 @@ class CheckpointFiles:
         try:
             damaged = self._read(chunk, buffer.bytes[: chunk.stop - chunk.start])
         except (IntegrityError, StoreError) as error:
+            if isinstance(error, MissingFile):
+                self._require_committed(error)
             self._rebuild(file, chunk.start, chunk.stop, buffer.bytes, error)
         else:
             data = self._checkpoint.manifest.files[file].data
@@ -196,8 +216,21 @@ class CheckpointFiles:
         sizes = {entry.name: entry.size for entry in self._store.list(self._prefix.rstrip("/"))}
         for file, record in enumerate(self._checkpoint.manifest.files):
             size = sizes.get(f"{self._prefix}{record.name}")
+            if size is None:
+                self._require_committed(self._missing(file))
             if size != record.size:
                 self._require_helped(file, sizes, self._missing(file) if size is None else self._truncated(file, size))
+
+    def _require_committed(self, error: CheckpointError) -> None:
+        """Raise `CheckpointRemoved` in place of ``error`` if the checkpoint is being removed: then its manifest went first."""
+        try:
+            found = manifest_digest(self._store.get(f"{self._prefix}{MANIFEST_NAME}", MANIFEST_LIMIT))
+        except MissingFile:
+            found = None
+        except CheckpointError:
+            return
+        if found != self._checkpoint.digest:
+            raise removed(self._store, self._prefix) from error
 
     def _require_helped(self, file: int, sizes: Mapping[str, int], error: CheckpointError) -> None:
         """Raise ``error`` about a file unless it can be rebuilt, as far as ``sizes`` tell."""
@@ -276,6 +309,16 @@ class CheckpointFiles:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def removed(store: Store, prefix: str) -> CheckpointRemoved:
+    """The error for a checkpoint that was there when it was looked for, and is not any more."""
+    url = f"{store.url}/{prefix}".rstrip("/")
+    return CheckpointRemoved(
+        f"the checkpoint {url} was removed while it was read, most likely by a prune: restore another step, and keep more "
+        "of them (keep_last)",
+        prefix=prefix,
+    )
 
 
 def _unhelped(error: CheckpointError, obstacle: str | None) -> CheckpointError:
