@@ -34,12 +34,12 @@ def save(url: str, parity: str | None, step: int = 0) -> None:
     shardckpt.save(url, a_state(dist.get_rank(), step), step=step, options=shardckpt.Options(parity=parity))
 
 
-def load(url: str, **options: Any) -> tuple[bool, tuple[str, ...], int]:
+def load(url: str, options: dict[str, Any] | None = None) -> tuple[bool, tuple[str, ...], int]:
     """On each rank of a case: whether all is as it was saved, what was rebuilt, and how many bytes all ranks have read."""
     rank = dist.get_rank()
     common, own = torch.zeros(50_000, dtype=torch.int64), torch.zeros(SIZES[rank])
     state = {"common": common, "own": shardckpt.PerRank({"part": own}), "step": -1}
-    restored = shardckpt.load(url, state, options=shardckpt.Options(**options))
+    restored = shardckpt.load(url, state, options=shardckpt.Options(**(options or {})))
     wanted = a_state(rank, restored.step)
     is_equal = torch.equal(common, wanted["common"]) and torch.equal(own, own_part(rank, restored.step))
     return is_equal and restored.state["step"] == restored.step, restored.info.rebuilt, restored.info.bytes_read
@@ -56,3 +56,42 @@ def parity_of(path: Path | str) -> Parity:
     parity = find_parity(stored.store, stored.prefix, stored.checkpoint)
     assert parity is not None
     return parity
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return next(path.glob(f"rank-{rank:05d}-*.safetensors"))
+
+
+def parity_file(path: Path, group: int, number: int) -> Path:
+    """A slice of the parity of a group."""
+    return next(path.glob(f"parity-{group:05d}-{number:05d}-*.xor"))
+
+
+def lose(path: Path) -> None:
+    """Remove a file."""
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    """Cut the last bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def extend(path: Path) -> None:
+    """Add a byte to a file."""
+    path.write_bytes(path.read_bytes() + b"!")
+
+
+def zero(path: Path) -> None:
+    """Overwrite the first bytes of a file, header and all."""
+    data = path.read_bytes()
+    count = min(len(data), 5000)
+    path.write_bytes(bytes(count) + data[count:])
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of the byte at ``at``, counted from the end when negative."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
