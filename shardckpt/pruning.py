@@ -23,6 +23,7 @@ from typing import Literal
 import msgspec
 
 from .errors import AlreadyExists, CheckpointError, StorageFull, StoreError
+from .failed_restores import FailedRestores
 from .journal import fresh_attempts
 from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, STEP_PATTERN, step_directory
 from .options import Retention
@@ -205,6 +206,10 @@ class Pruner:
             present = [entry for entry in found.entries if entry.name in removal.names]
         return set(present) <= set(removal.entries)
 
+    def forget_gone(self) -> None:
+        """Forget which steps could not be restored that are no more."""
+        FailedRestores(self._store).forget_all_but(self._root.steps)
+
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
             self._store.delete(name)
@@ -255,8 +260,11 @@ class RunPruner:
         # the manifest was written a moment ago, so its time is that of the storage
         now = commit_times(found.steps).get(step)
         dead_before = None if now is None else self._bounded(now) - self._grace
-        for removal in self._pruner.plan(found, self._retention, protected={step, *reading}, dead_before=dead_before):
+        plan = self._pruner.plan(found, self._retention, protected={step, *reading}, dead_before=dead_before)
+        for removal in plan:
             self._pruner.remove(removal)
+        if any(removal.what == "step" for removal in plan):
+            self._pruner.forget_gone()
 
     def _bounded(self, now: float) -> float:
         """The time of the storage, or an earlier one if its clock was put forward since this run has first looked at it."""

@@ -15,7 +15,8 @@ def ls(root: RootPlace, as_json: AsJson = False) -> None:
 
     A save that is under way is requested until rank 0 has copied its part of the state to host memory, and then staged until
     it is committed. One that failed is listed with its error until its step or a newer one is committed. A step is
-    incomplete that has no manifest and no save that tells of itself: most likely, its save was killed.
+    incomplete that has no manifest and no save that tells of itself: most likely, its save was killed. Damaged is one with a
+    manifest or files that cannot be right, and one whose restore has failed for that reason; verify --read-data tells more.
 
     --json: {path, steps: [{name, step, state, world_size, files, bytes, created, modified, problem}]}
     """

@@ -69,6 +69,7 @@ def prune(
     if not dry_run:
         for name in (name for entry in markers for name in entry.names):
             store.delete(name)
+        pruner.forget_gone()
     going = [removal for removal in plan if removal not in changed]
     gone = {removal.step for removal in going if removal.what == "step"}
     kept = [files.step for files in found.steps if files.committed and files.step not in gone]

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardckpt.errors import CheckpointError, CheckpointNotFound
+from shardckpt.failed_restores import FailedRestores
 from shardckpt.journal import Journal, JournalEntry, outdated
 from shardckpt.manifest import MANIFEST_NAME, step_directory
 from shardckpt.root import Root, commit_times
@@ -39,7 +40,7 @@ class Listed:
     modified: float
     """When the newest file was written, the journal included: seconds since the epoch, by the clock of the storage."""
     problem: str | None = None
-    """What is wrong as far as a listing, the manifest and the journal tell; `verify` tells more."""
+    """What is wrong as far as a listing, the manifest, the journal and earlier restores tell; `verify` tells more."""
 
 
 def list_steps(store: Store, clock: Callable[[], float] = time.time) -> list[Listed]:
@@ -54,28 +55,36 @@ def list_steps(store: Store, clock: Callable[[], float] = time.time) -> list[Lis
     over = outdated(journal, commit_times(scanned), clock())
     ended = {entry.step: entry for entry in over if entry.step in files}
     telling = {entry.step: entry for entry in journal if entry not in over}
+    failed_restores = FailedRestores(store)
+    reasons: dict[tuple[int | None, str], str]
+    reasons = {(failed.step, failed.digest): failed_restores.reason(failed) for failed in failed_restores.entries()}
     found = []
     for step in sorted({*files, *telling}):
-        listed = _look_at(store, f"{step_directory(step)}/", step, files.get(step, ()))
+        listed = _look_at(store, f"{step_directory(step)}/", step, files.get(step, ()), reasons)
         found.append(listed if listed.state != "incomplete" else _ask_journal(listed, telling.get(step), ended.get(step)))
     if not found:
         entries = [entry for entry in store.list() if "/" not in entry.name]
         if not any(entry.name == MANIFEST_NAME for entry in entries):
             raise CheckpointNotFound(f"there is no checkpoint in {store.url}", url=store.url)
-        found = [_look_at(store, "", None, entries)]
+        found = [_look_at(store, "", None, entries, {})]
     return found
 
 
-def _look_at(store: Store, prefix: str, step: int | None, entries: Sequence[Entry]) -> Listed:
+def _look_at(
+    store: Store, prefix: str, step: int | None, entries: Sequence[Entry], reasons: Mapping[tuple[int | None, str], str]
+) -> Listed:
     state: Literal["committed", "incomplete", "damaged"] = "incomplete"
     world_size, created, problem = None, None, None
     if any(entry.name == f"{prefix}{MANIFEST_NAME}" for entry in entries):
         try:
-            manifest = open_checkpoint(store, prefix).checkpoint.manifest
+            checkpoint = open_checkpoint(store, prefix).checkpoint
+            manifest, failed = checkpoint.manifest, reasons.get((step, checkpoint.digest))
             world_size, created = manifest.world_size, manifest.created
             step = manifest.step if step is None else step
             there = {entry.name: entry.size for entry in entries}
             problem = _missing([file.name for file in manifest.files if there.get(f"{prefix}{file.name}") != file.size])
+            if problem is None and failed is not None:
+                problem = f"a restore of it has failed: {failed}"
         except CheckpointError as error:
             problem = error.message
         state = "damaged" if problem else "committed"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from shardckpt.buffer import CHUNK, BufferPool
 from shardckpt.checksum import damaged_blocks, digest, digests_between
 from shardckpt.errors import CheckpointError
+from shardckpt.failed_restores import FailedRestores
 from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.reshard import Extent
@@ -73,6 +74,7 @@ def verify(
 ) -> list[Verification]:
     """Verify the checkpoint in a store, or all committed steps of a root.
 
+    A step of which all data was read and is good counts no longer as one that could not be restored.
     Raises `CheckpointNotFound` when there is none, and `StoreError` when the store cannot be listed. All that is wrong with
     a checkpoint stands in the result.
     """
@@ -86,10 +88,15 @@ def verify(
             found.append(_unreadable(store, prefix, error))
     sizes = [int(f.checkpoint.plan.total_bytes) if isinstance(f, StoredCheckpoint) else 0 for f in found]
     counter = _Counter(progress, sum(sizes) if read_data else 0)
-    return [
+    verifications = [
         _Verifier(item, workers, counter).run(read_data=read_data) if isinstance(item, StoredCheckpoint) else item
         for item in found
     ]
+    if read_data:
+        for verification in verifications:
+            if verification.ok and verification.step is not None:
+                FailedRestores(store).forget(verification.step)
+    return verifications
 
 
 def _unreadable(store: Store, prefix: str, error: CheckpointError) -> Verification:
