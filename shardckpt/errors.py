@@ -25,6 +25,7 @@
     |   |-- MissingFile             a file that the manifest names is not there
     |   `-- DigestRefused           the manifest is not the one that ``expect_digest`` asked for
     |-- CheckpointNotFound          nothing committed at this place
+    |   `-- CheckpointRemoved       what was committed there was removed while it was read
     |-- AlreadyCommitted            this step is already committed by another save
     |-- SavePending                 a save is not durable within the time that ``result`` was given (also a TimeoutError)
     |-- SaveDropped                 a save was skipped, or replaced by a newer one, as ``when_busy`` says
@@ -157,6 +158,10 @@ class DigestRefused(IntegrityError):
 
 class CheckpointNotFound(CheckpointError):
     """There is no committed checkpoint at this place."""
+
+
+class CheckpointRemoved(CheckpointNotFound):
+    """The checkpoint was removed, most likely by a prune, while it was read; it is not damaged."""
 
 
 class AlreadyCommitted(CheckpointError):

@@ -18,14 +18,14 @@ import numpy as np
 from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
-from .errors import CheckpointError, MissingNames
+from .errors import CheckpointError, MissingFile, MissingNames
 from .events import Sink, Timings
 from .exchange import Statement, exchange
 from .failure import Failure, common, describe
 from .guard import STEP_GUARD
 from .layout import FlatLayout
 from .options import Options
-from .read import CheckpointFiles, Destination, read_into
+from .read import CheckpointFiles, Destination, read_into, removed
 from .reshard import FileReads, Want, plan_reads
 from .share import SharedRead, SharedWant
 from .store import Store
@@ -157,7 +157,11 @@ class Load:
 
         @self._timings.measure("plan")
         def read_manifest() -> bytes:
-            self.manifest = read_manifest_bytes(self._store, self._prefix, self._selection.expect_digest)
+            try:
+                self.manifest = read_manifest_bytes(self._store, self._prefix, self._selection.expect_digest)
+            except MissingFile as error:
+                # it was there when its place was found
+                raise removed(self._store, self._prefix) from error
             checkpoints.append(parse_manifest(self.manifest))
             self._check_patterns(checkpoints[0])
             if self._selection.keys is None:

@@ -19,6 +19,7 @@ from .coordinate import Coordinator
 from .errors import (
     CheckpointError,
     CheckpointNotFound,
+    CheckpointRemoved,
     ChecksumMismatch,
     ConfigError,
     IntegrityError,
@@ -43,6 +44,7 @@ logger = logging.getLogger("shardckpt")
 _DAMAGE = (ChecksumMismatch, InvalidManifest, MissingFile, TruncatedFile)
 """A newer version is not damage, and neither is a manifest that ``expect_digest`` refuses: both are for the user to settle."""
 _SHOWN = 8
+_MOST_TRIES = 10
 
 
 class _Candidates(msgspec.Struct):
@@ -71,24 +73,54 @@ class Restoring:
         """Restore ``step``, or the newest one; with ``fallback`` the newest intact one up to there. None when there is no step.
 
         Raises `CheckpointNotFound` for a step that is not committed, and the errors of the load. With ``fallback`` that of the
-        newest step when none is intact; the detail ``tried`` then says what is wrong with each.
+        newest step when none is intact; the detail ``tried`` then says what is wrong with each. When a prune of somebody else's
+        removes the newest step while it is read, there is a newer one, which is restored instead.
         """
         if fallback and selection.expect_digest is not None:
             raise ConfigError("fallback=True may restore any step, and expect_digest= names one: leave one of them out")
+        filled: set[str] = set()
+        gone: Exception | None = None
+        for _ in range(_MOST_TRIES):
+            loads: list[Load] = []
+            try:
+                restored = self._try_steps(state, selection, step, fallback, filled, loads)
+            except Exception as error:
+                if step is not None or not loads or not _was_removed(loads[-1]):
+                    raise
+                logger.warning("restore: %s", error)
+                gone = error
+            else:
+                if restored is None and gone is not None:
+                    break
+                return restored
+        assert gone is not None
+        raise gone
+
+    def _try_steps(
+        self,
+        state: Mapping[str, Any],
+        selection: Selection,
+        step: int | None,
+        fallback: bool,
+        filled: set[str],
+        loads: list[Load],
+    ) -> Restored | None:
+        """Restore the first step that can be; ``filled`` and ``loads`` tell what was done until an error came."""
         packed = self.coordinator.broadcast("restore: find", lambda: msgspec.json.encode(self._find(step, fallback)))
         found = msgspec.json.decode(packed, type=_Candidates)
         skipped = found.skipped
         for number, why in skipped:
             logger.warning("step %d of %s is skipped, as a restore of it has failed before: %s", number, self.store.url, why)
         newest: Exception | None = None
-        filled: set[str] = set()
         for number in found.steps:
             prefix = f"{step_directory(number)}/"
             load = Load(self.coordinator, self.store, prefix, selection, self.options, self.sink, frozenset(filled))
+            loads.append(load)
             self.reading.add(number)
             try:
                 restored = load.run(state)
             except Exception as error:
+                filled |= load.filled
                 reason = self._judge(number, load)
                 if reason is None or not fallback:
                     raise
@@ -100,7 +132,6 @@ class Restoring:
                 return replace(restored, info=replace(restored.info, skipped=tuple(sorted(skipped, reverse=True))))
             finally:
                 self.reading.discard(number)
-            filled |= load.filled
         if newest is None:
             return None
         if isinstance(newest, CheckpointError):
@@ -167,6 +198,10 @@ class Restoring:
 def is_damage(error: CheckpointError) -> bool:
     """Whether an error of a load says that the checkpoint is damaged, and not that it is another one than was asked for."""
     return isinstance(error, _DAMAGE) and not isinstance(error, UnsupportedVersion)
+
+
+def _was_removed(load: Load) -> bool:
+    return load.failure is not None and isinstance(rebuild(load.failure), CheckpointRemoved)
 
 
 def _listed(skipped: Sequence[tuple[int, str]]) -> str:

@@ -22,6 +22,7 @@ NAMES = [
     "BackgroundDied",
     "CheckpointError",
     "CheckpointNotFound",
+    "CheckpointRemoved",
     "Checkpointer",
     "CheckpointerClosed",
     "ChecksumMismatch",
