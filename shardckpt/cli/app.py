@@ -18,6 +18,7 @@ from .doctor import doctor
 from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
+from .repair import repair
 from .show import show
 from .verify import verify
 
@@ -59,7 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 all is well; 1 a problem or a difference was found, or the command failed; 2 wrong usage.",
 )
-for command in (ls, show, verify, digest, diff, prune, doctor):
+for command in (ls, show, verify, repair, digest, diff, prune, doctor):
     app.command()(command)
 
 app.add_typer(
@@ -87,7 +88,7 @@ def _options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and the license."),
     ] = False,
 ) -> None:
-    """Look at, verify, compare and prune checkpoints of shardckpt, and check the machines that write them."""
+    """Look at, verify, repair, compare and prune checkpoints of shardckpt, and check the machines that write them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

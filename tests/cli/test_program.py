@@ -42,7 +42,7 @@ def test_main_ends_with_the_status(root: Path, capsys: pytest.CaptureFixture[str
     assert "there is no checkpoint in /nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "digest", "diff", "prune", "doctor"])
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "repair", "digest", "diff", "prune", "doctor"])
 def test_help_documents_json(command: str) -> None:
     done = run(command, "--help")
     assert done.status == 0

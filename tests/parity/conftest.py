@@ -11,6 +11,9 @@ import pytest
 
 from tests.parity.jobs import save
 from tests.ranks import RankPool
+from tests.store.conftest import s3_endpoint
+
+__all__ = ["s3_endpoint"]
 
 GROUP_SIZES = (2, 3, 4)
 
