@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shardckpt.errors import CheckpointError
+from shardckpt.failed_restores import FailedRestores
 from shardckpt.maintain.repair import Repair, RepairPlan, carry_out, plan_repairs
 from shardckpt.store import Store, open_store
 
@@ -34,6 +35,10 @@ def repair(
     with progress_bar("reading", hidden=as_json) as progress:
         plans = plan_repairs(store, progress=progress)
     obstacles = [[_repair(store, planned, dry_run) for planned in plan.repairs] for plan in plans]
+    for plan, found in zip(plans, obstacles, strict=True):
+        if plan.step is not None and not any(found) and not dry_run:
+            # all of it was read, and is good now
+            FailedRestores(store).forget(plan.step)
     ok = not any(obstacle for found in obstacles for obstacle in found)
     if as_json:
         checkpoints = [_document(plan, found, dry_run) for plan, found in zip(plans, obstacles, strict=True)]

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from shardckpt.errors import CheckpointError
 from shardckpt.maintain.contents import Item, list_items, matches
 from shardckpt.maintain.stored import StoredCheckpoint, open_checkpoint
 from shardckpt.maintain.timings import list_timings
+from shardckpt.parity.record import find_parity
 from shardckpt.store import open_store
 
 from .arguments import AsJson, Place
@@ -33,7 +35,8 @@ def show(
 ) -> None:
     """Show a checkpoint: when and by whom it was saved, and for each tensor dtype, shape, placement and who wrote it.
 
-    --json: {path, step, created, world_size, digest, attempt, bytes, files: [{rank, name, size}], torch, shardckpt, metadata,
+    --json: {path, step, created, world_size, digest, attempt, bytes, files: [{rank, name, size}],
+    parity: {groups: [[rank]], files: [{name, size}]} or null when there is none that counts, torch, shardckpt, metadata,
     tensors: [{name, kind, dtype, shape, bytes, layout: {placement, mesh, ranks, writers}, alias_of}], values: {name: value}}.
     With --timings also timings: [{phase, seconds: [by rank], bytes: [by rank] or null, slowest}], which is empty when the
     manifest does not tell; of receipts there is rank 0 only.
@@ -68,11 +71,37 @@ def _summary(stored: StoredCheckpoint) -> list[tuple[str, str]]:
         ("tensors", f"{count_text(len(plan.tensors), 'tensor')}{aliases}, {size_text(plan.total_bytes)}"),
         ("values", count_text(len(manifest.objects), "value")),
         ("files", f"{count_text(len(manifest.files), 'file')}, {size_text(on_disk)}"),
+        ("parity", _parity_text(stored)),
         ("digest", f"{stored.checkpoint.digest} (SHA-256 of the manifest)"),
     ]
     if manifest.metadata:
         fields.append(("metadata", json.dumps(manifest.metadata)))
     return fields
+
+
+def _parity_text(stored: StoredCheckpoint) -> str:
+    """What can be rebuilt when it is lost."""
+    try:
+        parity = find_parity(stored.store, stored.prefix, stored.checkpoint)
+    except CheckpointError as error:
+        return f"none that counts: {error.message}"
+    if parity is None:
+        return "none"
+    groups = parity.record.groups
+    files = f"{count_text(len(parity.files), 'file')}, {size_text(sum(file.size for file in parity.files))}"
+    of = f"{count_text(len(groups), 'group')} of up to {max(len(group.ranks) for group in groups)} ranks"
+    return f"{files}, for one lost file in each of {of}"
+
+
+def _parity_document(stored: StoredCheckpoint) -> dict[str, Any] | None:
+    try:
+        parity = find_parity(stored.store, stored.prefix, stored.checkpoint)
+    except CheckpointError:
+        parity = None
+    if parity is None:
+        return None
+    files = [{"name": file.name, "size": file.size} for file in parity.files]
+    return {"groups": [group.ranks for group in parity.record.groups], "files": files}
 
 
 def _print_timings(stored: StoredCheckpoint) -> None:
@@ -104,6 +133,7 @@ def _document(stored: StoredCheckpoint, items: Sequence[Item], objects: dict[str
         "attempt": manifest.attempt,
         "bytes": stored.checkpoint.plan.total_bytes,
         "files": [{"rank": file.rank, "name": file.name, "size": file.size} for file in manifest.files],
+        "parity": _parity_document(stored),
         "torch": manifest.torch,
         "shardckpt": manifest.shardckpt,
         "metadata": manifest.metadata,

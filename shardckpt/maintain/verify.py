@@ -19,10 +19,13 @@ from shardckpt.errors import CheckpointError
 from shardckpt.failed_restores import FailedRestores
 from shardckpt.header import safetensors_header
 from shardckpt.manifest import MANIFEST_NAME
+from shardckpt.parity.layout import parity_record_name
+from shardckpt.parity.record import find_parity
 from shardckpt.reshard import Extent
 from shardckpt.store import FileReader, Store
 from shardckpt.tree import read_tree
 
+from .damage import find_damage
 from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint
 
 _FILES_AT_ONCE = 16
@@ -148,6 +151,7 @@ class _Verifier:
             problems += structure.problems
             if read_data:
                 problems += self._read_data(rank, structure.readable, pool)
+        problems += self._look_at_parity(read_data=read_data)
         return Verification(
             path=self._stored.url,
             step=self._manifest.step,
@@ -166,6 +170,20 @@ class _Verifier:
 
     def _name(self, rank: int) -> str:
         return f"{self._stored.prefix}{self._manifest.files[rank].name}"
+
+    def _look_at_parity(self, *, read_data: bool) -> Iterator[Problem]:
+        """Problems of the parity, if there is to be one: the checkpoint loads all the same, but has lost its protection."""
+        store, prefix, block_size = self._stored.store, self._stored.prefix, self._plan.block_size
+        try:
+            parity = find_parity(store, prefix, self._stored.checkpoint)
+        except CheckpointError as error:
+            name = f"{prefix}{parity_record_name(self._manifest.attempt)}"
+            yield Problem(kind=type(error).__name__, file=name, message=error.message)
+            return
+        for body in parity.slices() if parity is not None else ():
+            damage = find_damage(store, body, b"", block_size, workers=self._workers, read_data=read_data)
+            if damage is not None:
+                yield Problem(kind=damage.kind, file=body.name, message=damage.message)
 
     # ---- structure
 

@@ -81,14 +81,21 @@ class Parity:
 
     def bodies(self, group: int) -> list[Body]:
         """Rank files of a group, by rank, and then the slices of its parity: together their XOR is zero."""
+        members = [self.checkpoint.manifest.files[rank] for rank in self.record.groups[group].ranks]
+        return [member_body(self.prefix, file) for file in members] + self._slices(group)
+
+    def slices(self) -> list[Body]:
+        """The slices of all groups."""
+        return [body for group in range(len(self.record.groups)) for body in self._slices(group)]
+
+    def _slices(self, group: int) -> list[Body]:
         found = self.record.groups[group]
         members = [self.checkpoint.manifest.files[rank] for rank in found.ranks]
         cuts = cut_parity([file.size - file.data for file in members], self.checkpoint.manifest.block_size)
-        slices = [
+        return [
             Body(f"{self.prefix}{file.name}", file.size, 0, start, decode_digests(file.digests, file.name))
             for file, (start, _) in zip(found.files, cuts, strict=True)
         ]
-        return [member_body(self.prefix, file) for file in members] + slices
 
 
 def member_body(prefix: str, file: FileRecord) -> Body:

@@ -88,7 +88,7 @@ def test_show_json(root: Path) -> None:
     found = run("show", root, "--json").json
     assert found.keys() == {
         *("path", "step", "created", "world_size", "digest", "attempt", "bytes", "files", "torch", "shardckpt", "metadata"),
-        *("tensors", "values"),
+        *("parity", "tensors", "values"),
     }
     assert found["values"] == {"tokens": 30}
     assert found["digest"] == opened(root).checkpoint.digest
