@@ -12,10 +12,12 @@ from shardckpt.errors import CheckpointError, CheckpointNotFound
 from shardckpt.failed_restores import FailedRestores
 from shardckpt.journal import Journal, JournalEntry, outdated
 from shardckpt.manifest import MANIFEST_NAME, step_directory
-from shardckpt.root import Root, commit_times
+from shardckpt.root import Root, StepFiles, commit_times
 from shardckpt.store import Entry, Store
 
 from .stored import open_checkpoint
+
+_MOST_LOOKS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,20 @@ def list_steps(store: Store, clock: Callable[[], float] = time.time) -> list[Lis
 
     Raises `CheckpointNotFound` when there is neither, and `StoreError`.
     """
+    for _ in range(_MOST_LOOKS):
+        found, gone = _list_once(store, clock)
+        if not gone:
+            break
+    if not found:
+        entries = [entry for entry in store.list() if "/" not in entry.name]
+        if not any(entry.name == MANIFEST_NAME for entry in entries):
+            raise CheckpointNotFound(f"there is no checkpoint in {store.url}", url=store.url)
+        found = [_look_at(store, "", None, entries, {})]
+    return found
+
+
+def _list_once(store: Store, clock: Callable[[], float]) -> tuple[list[Listed], bool]:
+    """All steps; and whether some of them were removed meanwhile, so that newer ones may be there by now."""
     # The journal first: a save that ends in between has its manifest by the time of the scan.
     journal = Journal(store).entries()
     scanned = Root(store).scan()
@@ -58,16 +74,29 @@ def list_steps(store: Store, clock: Callable[[], float] = time.time) -> list[Lis
     failed_restores = FailedRestores(store)
     reasons: dict[tuple[int | None, str], str]
     reasons = {(failed.step, failed.digest): failed_restores.reason(failed) for failed in failed_restores.entries()}
-    found = []
+    found, gone = [], False
     for step in sorted({*files, *telling}):
-        listed = _look_at(store, f"{step_directory(step)}/", step, files.get(step, ()), reasons)
-        found.append(listed if listed.state != "incomplete" else _ask_journal(listed, telling.get(step), ended.get(step)))
-    if not found:
-        entries = [entry for entry in store.list() if "/" not in entry.name]
-        if not any(entry.name == MANIFEST_NAME for entry in entries):
-            raise CheckpointNotFound(f"there is no checkpoint in {store.url}", url=store.url)
-        found = [_look_at(store, "", None, entries, {})]
-    return found
+        listed = _look_until_still(store, step, files.get(step, ()), reasons)
+        gone |= step in files and not listed.files
+        if listed.files or step in telling:
+            found.append(listed if listed.state != "incomplete" else _ask_journal(listed, telling.get(step), ended.get(step)))
+    return found, gone
+
+
+def _look_until_still(
+    store: Store, step: int, entries: Sequence[Entry], reasons: Mapping[tuple[int | None, str], str]
+) -> Listed:
+    """What is there of a step. One that seems to be damaged may be one that is being removed or saved."""
+    for _ in range(_MOST_LOOKS):
+        listed = _look_at(store, f"{step_directory(step)}/", step, entries, reasons)
+        if listed.state != "damaged":
+            break
+        before, entries = tuple(entries), Root(store).look_at(step).entries
+        if entries == before:
+            break
+    if listed.state == "incomplete" and StepFiles(step, tuple(entries)).removals():
+        return replace(listed, problem="it was being removed, and that was not finished; prune does that")
+    return listed
 
 
 def _look_at(
