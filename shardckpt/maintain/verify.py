@@ -2,23 +2,23 @@
 """Verify: whether what is stored is what was saved. All problems are found, not only the first.
 
 Without reading data: the manifest holds together, every file is there, regular and of the exact size, and its header is the
-one that was written and the one that follows from the manifest. With ``read_data`` also every block of data matches its
-digest.
+one that was written and the one that follows from the manifest. With ``read_data`` also every block of data, or of a subset of
+it, matches its digest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from shardckpt.buffer import CHUNK, BufferPool
 from shardckpt.checksum import damaged_blocks, digest, digests_between
-from shardckpt.errors import CheckpointError
+from shardckpt.errors import CheckpointError, MissingFile
 from shardckpt.failed_restores import FailedRestores
 from shardckpt.header import safetensors_header
-from shardckpt.manifest import MANIFEST_NAME
+from shardckpt.manifest import MANIFEST_LIMIT, MANIFEST_NAME, manifest_digest, step_directory
 from shardckpt.parity.layout import parity_record_name
 from shardckpt.parity.record import find_parity
 from shardckpt.reshard import Extent
@@ -27,6 +27,7 @@ from shardckpt.tree import read_tree
 
 from .damage import find_damage
 from .stored import WORKERS, Progress, StoredCheckpoint, committed_prefixes, no_progress, open_checkpoint
+from .subset import EVERYTHING, Portion, Subset
 
 _FILES_AT_ONCE = 16
 
@@ -63,8 +64,12 @@ class Verification:
     """Their size."""
     bytes_read: int
     """Bytes of data that were compared with their digests."""
+    data_bytes: int
+    """Bytes of data that there should be."""
     problems: tuple[Problem, ...]
     """What is wrong, by file; empty when all is well."""
+    removed: bool = False
+    """Whether it was removed, most likely by a prune, while it was looked at; then nothing else is known."""
 
     @property
     def ok(self) -> bool:
@@ -73,39 +78,74 @@ class Verification:
 
 
 def verify(
-    store: Store, *, read_data: bool = False, workers: int = WORKERS, progress: Progress = no_progress
+    store: Store,
+    *,
+    read_data: bool = False,
+    subset: Subset = EVERYTHING,
+    workers: int = WORKERS,
+    progress: Progress = no_progress,
 ) -> list[Verification]:
-    """Verify the checkpoint in a store, or all committed steps of a root.
+    """Verify the checkpoint in a store, or all committed steps of a root, by step, whatever is wrong with some of them.
 
-    A step of which all data was read and is good counts no longer as one that could not be restored.
+    With ``read_data`` the ``subset`` of the data is read too; parity files only if that is all of it. A step of which all data
+    was read and is good counts no longer as one that could not be restored. One manifest is held in memory at a time.
+
     Raises `CheckpointNotFound` when there is none, and `StoreError` when the store cannot be listed. All that is wrong with
     a checkpoint stands in the result.
     """
-    found: list[Verification | StoredCheckpoint] = []
-    for prefix in committed_prefixes(store):
-        try:
-            stored = open_checkpoint(store, prefix)
-            read_tree(stored.checkpoint.manifest)
-            found.append(stored)
-        except CheckpointError as error:
-            found.append(_unreadable(store, prefix, error))
-    sizes = [int(f.checkpoint.plan.total_bytes) if isinstance(f, StoredCheckpoint) else 0 for f in found]
-    counter = _Counter(progress, sum(sizes) if read_data else 0)
-    verifications = [
-        _Verifier(item, workers, counter).run(read_data=read_data) if isinstance(item, StoredCheckpoint) else item
-        for item in found
-    ]
-    if read_data:
-        for verification in verifications:
-            if verification.ok and verification.step is not None:
-                FailedRestores(store).forget(verification.step)
-    return verifications
+    prefixes = committed_prefixes(store)
+    total = 0
+    if read_data and progress is not no_progress:
+        total = sum(_nbytes_to_read(store, prefix, subset) for prefix in prefixes)
+    counter = _Counter(progress, total)
+    found = []
+    for prefix in prefixes:
+        verification = _verify_one(store, prefix, read_data, subset, workers, counter)
+        if read_data and subset == EVERYTHING and verification.ok and verification.step is not None:
+            FailedRestores(store).forget(verification.step)
+        found.append(verification)
+    return found
 
 
-def _unreadable(store: Store, prefix: str, error: CheckpointError) -> Verification:
-    problem = Problem(kind=type(error).__name__, file=f"{prefix}{MANIFEST_NAME}", message=error.message)
-    path = f"{store.url}/{prefix}".rstrip("/")
-    return Verification(path=path, step=None, files=0, bytes=0, bytes_read=0, problems=(problem,))
+def _nbytes_to_read(store: Store, prefix: str, subset: Subset) -> int:
+    try:
+        stored = open_checkpoint(store, prefix)
+    except CheckpointError:
+        return 0
+    return _portion(stored, subset).nbytes
+
+
+def _portion(stored: StoredCheckpoint, subset: Subset) -> Portion:
+    plan = stored.checkpoint.plan
+    return Portion(plan, stored.checkpoint.manifest.attempt, subset, max(CHUNK, plan.block_size))
+
+
+def _verify_one(store: Store, prefix: str, read_data: bool, subset: Subset, workers: int, counter: _Counter) -> Verification:
+    digest = None
+    try:
+        stored = open_checkpoint(store, prefix)
+        digest = stored.checkpoint.digest
+        read_tree(stored.checkpoint.manifest)
+        verifier = _Verifier(stored, workers, counter, _portion(stored, subset) if read_data else None)
+        verification = verifier.run(with_parity=subset == EVERYTHING)
+    except CheckpointError as error:
+        problem = Problem(kind=type(error).__name__, file=f"{prefix}{MANIFEST_NAME}", message=error.message)
+        path = f"{store.url}/{prefix}".rstrip("/")
+        verification = Verification(path=path, step=None, files=0, bytes=0, data_bytes=0, bytes_read=0, problems=(problem,))
+    if verification.ok or _is_there(store, prefix, digest):
+        return verification
+    return replace(verification, removed=True, problems=())
+
+
+def _is_there(store: Store, prefix: str, digest: str | None) -> bool:
+    """Whether the checkpoint with a manifest of this SHA-256 is still there, or, for None, any manifest."""
+    try:
+        found = manifest_digest(store.get(f"{prefix}{MANIFEST_NAME}", MANIFEST_LIMIT))
+    except MissingFile:
+        return False
+    except CheckpointError:
+        return True
+    return digest in (None, found)
 
 
 @dataclass(slots=True)
@@ -133,31 +173,34 @@ class _Structure:
 class _Verifier:
     """Verifies one checkpoint."""
 
-    def __init__(self, stored: StoredCheckpoint, workers: int, counter: _Counter) -> None:
+    def __init__(self, stored: StoredCheckpoint, workers: int, counter: _Counter, portion: Portion | None) -> None:
+        """Of the data, the ``portion`` is read, if there is one."""
         self._stored = stored
         self._manifest = stored.checkpoint.manifest
         self._plan = stored.checkpoint.plan
         self._workers = workers
         self._counter = counter
+        self._portion = portion
         self._bytes_read = 0
 
-    def run(self, *, read_data: bool) -> Verification:
+    def run(self, *, with_parity: bool) -> Verification:
         ranks = range(self._manifest.world_size)
         with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="shardckpt-verify") as threads:
             structures = list(threads.map(self._look_at, ranks))
-        problems = []
+        problems = [*self._check_place()]
         pool = BufferPool(self._workers, max(CHUNK, self._plan.block_size))
         for rank, structure in zip(ranks, structures, strict=True):
             problems += structure.problems
-            if read_data:
-                problems += self._read_data(rank, structure.readable, pool)
-        problems += self._look_at_parity(read_data=read_data)
+            if self._portion is not None:
+                problems += self._read_data(rank, self._portion.chunks(rank), structure.readable, pool)
+        problems += self._look_at_parity(read_data=self._portion is not None and with_parity)
         return Verification(
             path=self._stored.url,
             step=self._manifest.step,
             files=len(self._manifest.files),
             bytes=sum(file.size for file in self._manifest.files),
             bytes_read=self._bytes_read,
+            data_bytes=int(self._plan.total_bytes),
             problems=tuple(problems),
         )
 
@@ -186,6 +229,12 @@ class _Verifier:
                 yield Problem(kind=damage.kind, file=body.name, message=damage.message)
 
     # ---- structure
+
+    def _check_place(self) -> Iterator[Problem]:
+        prefix, step = self._stored.prefix, self._manifest.step
+        if prefix not in ("", f"{step_directory(step)}/"):
+            message = f"the manifest is of step {step}, and its directory is {prefix.rstrip('/')}: it was renamed"
+            yield Problem(kind="InvalidManifest", file=f"{prefix}{MANIFEST_NAME}", message=message)
 
     def _look_at(self, rank: int) -> _Structure:
         record = self._manifest.files[rank]
@@ -231,18 +280,18 @@ class _Verifier:
 
     # ---- data
 
-    def _read_data(self, rank: int, readable: int, pool: BufferPool) -> Iterator[Problem]:
-        """Compare all blocks in the first ``readable`` bytes of data; damaged neighbours make one problem."""
+    def _read_data(self, rank: int, wanted: list[Extent], readable: int, pool: BufferPool) -> Iterator[Problem]:
+        """Compare those blocks of ``wanted`` that are in the first ``readable`` bytes; damaged neighbours make one problem."""
         data = self._manifest.files[rank].data
-        chunks = [(start, min(start + pool.size, readable)) for start in range(0, readable, pool.size)]
+        chunks = [(start, min(stop, readable)) for start, stop in wanted if start < readable]
         if chunks:
             try:
                 damages = self._compare_all(rank, chunks, pool)
             except CheckpointError as error:
-                damages = [_Damage(0, readable, type(error).__name__, error.message)]
+                damages = [_Damage(chunks[0][0], chunks[-1][1], type(error).__name__, error.message)]
             for damage in _join_neighbours(damages):
                 yield self._problem(damage.kind, rank, data + damage.start, data + damage.stop, damage.message)
-        self._counter.add(int(self._plan.bytes_by_rank[rank]) - readable)
+        self._counter.add(_length(wanted) - _length(chunks))
 
     def _compare_all(self, rank: int, chunks: list[Extent], pool: BufferPool) -> list[_Damage]:
         damages = []
@@ -291,6 +340,10 @@ def _join_neighbours(damages: Iterable[_Damage]) -> list[_Damage]:
         else:
             joined.append(damage)
     return joined
+
+
+def _length(extents: list[Extent]) -> int:
+    return sum(stop - start for start, stop in extents)
 
 
 def _differing_range(a: bytes | bytearray, b: bytes | bytearray) -> Extent:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.cli.output import size_text
 from shardckpt.manifest import MANIFEST_NAME
 from tests.cli.run import run, state
 from tests.maintain.make import flip, opened, rank_file
@@ -110,9 +111,14 @@ def test_show_json(root: Path) -> None:
 def test_verify(root: Path, options: list[str]) -> None:
     done = run("verify", root, *options)
     assert done.status == 0
-    assert [line.split(": ")[0] for line in done.out.splitlines()] == [str(root / step) for step in STEPS]
-    assert all(": ok (1 file, " in line for line in done.out.splitlines())
-    assert run("verify", root / STEPS[1], *options).out == done.out.splitlines()[1] + "\n"
+    _, *rows, total = done.out.splitlines()
+    assert [row.split()[:3] for row in rows] == [["1", "ok", "1"], ["2", "ok", "1"], ["3", "ok", "1"]]
+    assert [row.split()[-1] for row in rows] == STEPS
+    size = rank_file(root / STEPS[1]).stat().st_size
+    checked = "all data read" if options else "data not read, see --read-data"
+    assert total == f"3 of 3 steps ok, {size_text(3 * size)}; {checked}"
+    one = run("verify", root / STEPS[1], *options)
+    assert (one.status, one.out) == (0, f"{root / STEPS[1]}: ok (1 file, {size_text(size)}; {checked})\n")
 
 
 def test_verify_finds_damage(root: Path) -> None:
@@ -123,12 +129,16 @@ def test_verify_finds_damage(root: Path) -> None:
     done = run("verify", root, "--read-data")
     assert done.status == 1
     lines = done.out.splitlines()
-    assert [line for line in lines if "DAMAGED" in line] == [f"{root / step}: DAMAGED, 1 problem" for step in STEPS]
+    assert [line.split()[:2] + line.split()[-2:] for line in lines[1:4]] == [
+        [str(step), "DAMAGED", "1", name] for step, name in enumerate(STEPS, 1)
+    ]
     name = rank_file(root / STEPS[0]).name
     size = rank_file(root / STEPS[0]).stat().st_size
-    assert lines[1] == f"  ChecksumMismatch in {STEPS[0]}/{name}, bytes [4096, {size})"
-    assert lines[3] == "    tensors: model/bias, model/weight, rng/seed"
-    assert f"bytes [4100, {size})" in lines[-3]
+    assert lines[4] == f"  ChecksumMismatch in {STEPS[0]}/{name}, bytes [4096, {size})"
+    assert lines[6] == "    tensors: model/bias, model/weight, rng/seed"
+    assert f"bytes [4100, {size})" in lines[-4]
+    assert lines[-1].startswith("0 of 3 steps ok, 3 DAMAGED, ")
+    assert run("verify", root / STEPS[1]).out.startswith(f"{root / STEPS[1]}: DAMAGED, 1 problem\n  ChecksumMismatch in ")
 
 
 def test_verify_json(root: Path) -> None:
@@ -137,12 +147,25 @@ def test_verify_json(root: Path) -> None:
     assert done.status == 1
     assert done.json["ok"] is False
     first, second, _ = done.json["checkpoints"]
-    assert first.keys() == {"path", "step", "ok", "files", "bytes", "bytes_read", "problems"}
+    assert first.keys() == {"path", "step", "ok", "removed", "files", "bytes", "data_bytes", "bytes_read", "problems"}
     assert (first["ok"], second["ok"]) == (False, True)
     (problem,) = first["problems"]
     assert problem.keys() == {"kind", "file", "start", "stop", "tensors", "message"}
     assert problem["tensors"] == ["model/bias", "model/weight", "rng/seed"]
     assert run("verify", root / STEPS[1], "--json").json["ok"] is True
+
+
+def test_verify_of_a_part(root: Path) -> None:
+    flip(rank_file(root / STEPS[0]), -1)
+    outcomes = [run("verify", root / STEPS[0], "--read-data-subset", f"{part}/3") for part in (1, 2, 3)]
+    assert sorted(done.status for done in outcomes) == [0, 0, 1]
+    good = next(done.out for done in outcomes if not done.status)
+    assert good.endswith("; 0 B of 69 B of data read)\n")
+    done = run("verify", root / STEPS[0], "--read-data-subset", "5%", "--seed", "7")
+    assert (done.status, done.out.splitlines()[-1]) == (1, "read was a random share of 5%, of seed 7")
+    assert run("verify", root, "--read-data-subset", "5%", "--seed", "7", "--json").json["seed"] == 7
+    assert isinstance(run("verify", root / STEPS[1], "--read-data-subset", "5%", "--json").json["seed"], int)
+    assert run("verify", root / STEPS[1], "--read-data-subset", "1/2", "--json").json["seed"] is None
 
 
 # ---- digest
@@ -265,6 +288,8 @@ def test_prune_of_what_was_left_behind(root: Path) -> None:
     [
         *(["ls"], ["show"], ["verify"], ["digest"], ["diff"], ["diff", "only-one"], ["prune"], ["nonsense"], []),
         *(["ls", ".", "--nonsense"], ["prune", ".", "--keep-last", "0"], ["digest", ".", "--memory", "0"]),
+        *(["verify", ".", "--read-data-subset", part] for part in ("0%", "101%", "3/2", "0/2", "half")),
+        *(["verify", ".", "--read-data", "--read-data-subset", "5%"],),
         *(["ls", "ftp://host/path"], ["show", ""], ["ls", "a\0b"]),
     ],
 )

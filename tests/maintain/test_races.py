@@ -16,6 +16,7 @@ import shardckpt
 from shardckpt.errors import CheckpointNotFound, CheckpointRemoved
 from shardckpt.maintain.listing import list_steps
 from shardckpt.maintain.stored import committed_prefixes, open_checkpoint
+from shardckpt.maintain.verify import verify
 from shardckpt.manifest import rank_file_name, step_directory
 from shardckpt.options import Retention
 from shardckpt.pruning import Pruner
@@ -213,7 +214,7 @@ def test_a_listing_shows_steps_that_come_and_go_but_no_damage() -> None:
         assert "damaged" not in found.values()
         assert {2, 5} & set(found)
 
-    shown: list[dict[int | None, str]] = []
+    shown: list[dict[int | None, Any]] = []
     everywhere(lambda: make(1, 2, dead=1), listing, replace_newest)
     assert {1: "committed", 2: "committed"} in shown
     assert {5: "committed"} in shown
@@ -228,3 +229,15 @@ def test_a_step_that_is_half_removed_is_listed_as_that() -> None:
     half, _ = list_steps(store)
     assert half.state == "incomplete"
     assert half.problem == "it was being removed, and that was not finished; prune does that"
+
+
+def test_verification_finds_no_damage_in_what_is_removed() -> None:
+    def check(store: Store) -> None:
+        found = list(verify(store, read_data=True))
+        assert all(verification.ok for verification in found)
+        counts.append(sum(verification.removed for verification in found))
+
+    counts: list[int] = []
+    everywhere(lambda: make(1, 2), check, replace_newest)
+    assert counts[0] == 0
+    assert max(counts) == 2

@@ -14,7 +14,10 @@ import torch
 
 import shardckpt
 from shardckpt.buffer import CHUNK
-from shardckpt.errors import CheckpointNotFound
+from shardckpt.errors import CheckpointNotFound, ConfigError
+from shardckpt.failed_restores import FailedRestores
+from shardckpt.failure import describe
+from shardckpt.maintain.subset import EVERYTHING, Portion, Subset
 from shardckpt.maintain.verify import Problem, verify
 from shardckpt.manifest import HEADER_ALIGNMENT, MANIFEST_NAME
 from shardckpt.store import LocalStore, open_store
@@ -261,5 +264,96 @@ def change_manifest(path: Path, change: Callable[[bytes], bytes]) -> None:
     before = manifest.read_bytes()
     after = resealed(change(before))
     assert after != before
-    assert parse_manifest(after)
+    parse_manifest(after)
     manifest.write_bytes(after)
+
+
+# ---- roots, parts of the data, memory
+
+
+def test_a_renamed_step_is_found(tmp_path: Path) -> None:
+    with shardckpt.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, {"x": torch.arange(4)}, wait=True)
+    (tmp_path / "step-00000003").rename(tmp_path / "step-00000004")
+    (problem,) = problems(tmp_path)
+    assert (problem.kind, problem.file) == ("InvalidManifest", "step-00000004/manifest.json")
+    assert "of step 3, and its directory is step-00000004" in problem.message
+
+
+def test_several_damages_of_one_checkpoint_are_all_told(saved: Path) -> None:
+    data = data_start(saved)
+    flip(rank_file(saved), 50)
+    for block in (0, 2, 5):
+        flip(rank_file(saved), data + block * BLOCK)
+    os.truncate(rank_file(saved), rank_file(saved).stat().st_size - 1)
+    assert [(p.kind, p.start) for p in problems(saved, read_data=True)] == [
+        ("TruncatedFile", rank_file(saved).stat().st_size),
+        ("ChecksumMismatch", 50),
+        *(("ChecksumMismatch", data + block * BLOCK) for block in (0, 2, 5)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of seven chunks and a bit."""
+    path = tmp_path_factory.mktemp("wide")
+    shardckpt.save(path, {"a": torch.zeros(7 * CHUNK + 8, dtype=torch.uint8)})
+    return path
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 20])
+def test_all_parts_together_are_all_of_the_data(wide: Path, parts: int) -> None:
+    total = opened(wide).checkpoint.plan.total_bytes
+    runs = [verify(open_store(wide), read_data=True, subset=Subset.parse(f"{n}/{parts}"))[0] for n in range(1, parts + 1)]
+    assert [run.ok for run in runs] == [True] * parts
+    assert {run.data_bytes for run in runs} == {total}
+    assert sum(run.bytes_read for run in runs) == total
+    assert max(run.bytes_read for run in runs) <= -(-8 // parts) * CHUNK
+
+
+def test_each_damage_is_in_one_part(wide: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(wide, tmp_path / "copy")
+    for chunk in (1, 6):
+        flip(rank_file(path), data_start(path) + chunk * CHUNK + 17)
+    runs = [verify(open_store(path), read_data=True, subset=Subset.parse(f"{n}/4"))[0] for n in (1, 2, 3, 4)]
+    found = [problem.start or 0 for run in runs for problem in run.problems]
+    assert sorted(found) == [problem.start for problem in problems(path, read_data=True)]
+    assert len(found) == 2
+
+
+def test_a_share_is_random_and_can_be_repeated(wide: Path) -> None:
+    plan = opened(wide).checkpoint.plan
+
+    def chosen(text: str, seed: int, attempt: str = "a" * 16) -> list[tuple[int, int]]:
+        return Portion(plan, attempt, Subset.parse(text, seed), CHUNK).chunks(0)
+
+    assert [len(chosen(text, 1)) for text in ("0.1%", "12.5%", "13%", "50%", "99.9%", "100%")] == [1, 1, 2, 4, 8, 8]
+    assert all(chosen("30%", seed) == chosen("30%", seed) for seed in range(5))
+    everywhere = {extent for seed in range(40) for extent in chosen("30%", seed)}
+    assert everywhere == set(chosen("100%", 0))
+    assert any(chosen("30%", 1, f"{number:016x}") != chosen("30%", 1) for number in range(10))
+    (found,) = verify(open_store(wide), read_data=True, subset=Subset.parse("50%", 3))
+    assert found.bytes_read == sum(stop - start for start, stop in chosen("50%", 3, opened(wide).checkpoint.manifest.attempt))
+
+
+@pytest.mark.parametrize("text", ["", "5", "0%", "-1%", "100.1%", "0/3", "4/3", "1/0", "1/2/3", "five%", "5 %", "\u0665%"])
+def test_what_is_no_part_of_the_data(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no part of the data: give a share above 0% and up to 100%"):
+        Subset.parse(text)
+
+
+def test_progress_of_a_part_ends_at_its_total(wide: Path) -> None:
+    told: list[tuple[int, int]] = []
+    subset = Subset.parse("2/4")
+    verify(open_store(wide), read_data=True, subset=subset, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] <= 2 * CHUNK
+
+
+def test_a_failed_restore_is_forgotten_only_when_all_data_is_good(tmp_path: Path) -> None:
+    with shardckpt.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, {"x": torch.arange(4)}, wait=True)
+    store = open_store(tmp_path)
+    FailedRestores(store).remember(3, opened(tmp_path).checkpoint.digest, describe(shardckpt.ChecksumMismatch("no")))
+    for subset, left in ((Subset.parse("1/1000"), 1), (EVERYTHING, 0)):
+        verify(store, read_data=True, subset=subset)
+        assert len(FailedRestores(store).entries()) == left
