@@ -33,12 +33,16 @@ Outcome = int | CheckpointError
 
 
 class Stopping(FaultyFileSystem):
-    """Stops the process in a phase of its next save, if there is one; until it is told to go on, from outside."""
+    """Stops the process in a phase of its next save, if there is one; until it is told to go on, from outside.
 
-    def __init__(self, root: str, phase: str | None) -> None:
+    Ranks that are not stopped wait for each other when they have written, as who is late by himself would be named too.
+    """
+
+    def __init__(self, root: str, phase: str | None, writers: int) -> None:
         super().__init__()
         self._root = root
         self._phase = phase
+        self._writers = writers
         self._has_written = False
 
     def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
@@ -50,7 +54,10 @@ class Stopping(FaultyFileSystem):
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
         if self._has_written and path == self._root and flags & os.O_DIRECTORY:
             # the file is flushed, and so is its directory: only the receipt is missing
+            self._has_written = False
             self._reach("receipt")
+            if self._writers:
+                come_together("written", self._writers)
         return super().open(path, flags, mode)
 
     def link(self, source: str, target: str) -> None:
@@ -67,6 +74,13 @@ class Stopping(FaultyFileSystem):
 def a_part(step: int) -> dict[str, Any]:
     """A state of which each rank has a part of its own, and all have one together."""
     return {"t": torch.full((100,), float(step)), "own": shardckpt.PerRank(torch.full((1000,), 10 * step + dist.get_rank()))}
+
+
+def come_together(place: str, count: int) -> None:
+    """Wait for so many ranks."""
+    store = dist.distributed_c10d._get_default_store()
+    store.add(place, 1)
+    until(lambda: store.add(place, 0) >= count, PATIENT)
 
 
 def resume(pid: int, givers_up: int) -> None:
@@ -91,7 +105,8 @@ def save_beside_a_stopped_rank(root: str, phase: str, victim: int, wait: bool) -
     dist.all_gather_object(pids, os.getpid())
     with shardckpt.Checkpointer(root, options=Options(timeout=PATIENT)) as ckpt:
         ckpt.save(1, a_part(1), wait=True)
-    fs = Stopping(root, phase if rank == victim else None)
+    writers = {"tables": 0, "commit": WORLD_SIZE}.get(phase, 0 if rank == victim else WORLD_SIZE - 1)
+    fs = Stopping(root, phase if rank == victim else None, writers)
     meet("open")
     with checkpointer(root, fs, timeout=TIMEOUT) as ckpt:
         meet("save")
