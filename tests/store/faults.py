@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from shardckpt.store.filesystem import FileSystem
 
@@ -18,6 +20,35 @@ OPERATIONS: Final = frozenset(name for name in vars(FileSystem) if not name.star
 
 class Killed(BaseException):
     """The process is gone: no handler of the code under test may stop it."""
+
+
+Fault = Callable[..., Any]
+"""Takes the place of one call: it is given the real operation and its arguments."""
+
+
+def failing(code: int) -> Fault:
+    """The call does nothing and fails with ``code``."""
+
+    def fault(operation: Callable[..., Any], *args: Any) -> NoReturn:
+        raise OSError(code, os.strerror(code))
+
+    return fault
+
+
+def killing(operation: Callable[..., Any], *args: Any) -> None:
+    """The process is killed before the call."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shortened(operation: Callable[..., Any], fd: int, data: Any, offset: int) -> Any:
+    """A read or write stops half way; behind it a write leaves bytes that nobody has written."""
+    if isinstance(data, memoryview):
+        half = data.nbytes // 2
+        page = mmap.mmap(-1, data.nbytes)
+        page[:] = bytes(data[:half]) + b"\xee" * (data.nbytes - half)
+        operation(fd, memoryview(page), offset)
+        return half
+    return operation(fd, [data[0][: -(-data[0].nbytes // 2)]], offset)
 
 
 class FaultyFileSystem(FileSystem):
@@ -31,6 +62,11 @@ class FaultyFileSystem(FileSystem):
         self._counts: Counter[str] = Counter()
         self._failures: dict[tuple[str, int], Callable[..., Any]] = {}
         self._always: dict[str, int] = {}
+        self._strike: tuple[int, Fault, bool] | None = None
+        self.struck = ""
+        """The first call that `strike` met, with its path."""
+        self.struck_at = 0
+        """Its number."""
         self._short: int | None = None
         self._calls_left: int | None = None
         self._lock = threading.Lock()
@@ -52,6 +88,11 @@ class FaultyFileSystem(FileSystem):
 
     def replace(self, operation: str, fault: Callable[..., Any], nth: int = 1) -> FaultyFileSystem:
         self._failures[operation, self._counts[operation] + nth] = fault
+        return self
+
+    def strike(self, call: int, fault: Fault, *, lasting: bool = False) -> FaultyFileSystem:
+        """Let call number ``call`` from now on, of whatever operation, be ``fault``; ``lasting``: and all that follow it."""
+        self._strike, self.struck = (len(self.calls) + call, fault, lasting), ""
         return self
 
     def transfer_at_most(self, count: int) -> FaultyFileSystem:
@@ -80,11 +121,25 @@ class FaultyFileSystem(FileSystem):
             self.calls.append((name, args))
             self._counts[name] += 1
             fault = self._failures.get((name, self._counts[name]))
+            strike = self._take_strike(name, args)
+        if strike is not None:
+            return strike(operation, *args)
         if name in self._always:
             raise OSError(self._always[name], os.strerror(self._always[name]))
         if fault is not None:
             return fault(*args)
         return operation(*self._shortened(name, args))
+
+    def _take_strike(self, name: str, args: tuple[Any, ...]) -> Fault | None:
+        if self._strike is None:
+            return None
+        call, fault, lasting = self._strike
+        if len(self.calls) != call and not (lasting and len(self.calls) > call):
+            return None
+        where = args[0] if isinstance(args[0], str) else os.readlink(f"/proc/self/fd/{args[0]}")
+        if not self.struck:
+            self.struck, self.struck_at = f"{name} {where}", len(self.calls)
+        return fault
 
     def _shortened(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._short is None or name not in ("pwrite", "preadv"):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault at every storage call of small saves, loads and prunes."""
