@@ -84,6 +84,11 @@ def rank_file(directory: Path, rank: int = 0) -> Path:
     return next(directory.glob(f"rank-{rank:05d}-*.safetensors"))
 
 
+def tell_refused(count: int) -> None:
+    """Print how many corrupt inputs a test has tried, all of which were refused; ``pytest -s`` shows it."""
+    print(f"\ncorrupt inputs refused: {count}")
+
+
 def flip(path: Path, at: int, bit: int = 0) -> None:
     """Change one bit of the byte at ``at``, in place; a second time changes it back."""
     with path.open("r+b") as file:

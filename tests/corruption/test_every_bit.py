@@ -26,6 +26,7 @@ from tests.corruption.make import (
     manifest_path,
     rank_file,
     save_tiny,
+    tell_refused,
     tiny_target,
 )
 from tests.engine.simulate import Simulated
@@ -75,16 +76,19 @@ def test_every_bit_of_a_manifest(tiny: Simulated, tmp_path: Path) -> None:
         assert type(error) is InvalidManifest, at
         assert "partly_filled" not in error.details
     assert path.read_bytes() == tiny.manifest
+    tell_refused(len(bits))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_bit_of_data(tiny: Simulated, tmp_path: Path, rank: int) -> None:
     path = rank_file(tmp_path, rank)
     size = path.stat().st_size
-    for at, error in load_with(path, all_bits(HEADER, size), tmp_path):
+    bits = all_bits(HEADER, size)
+    for at, error in load_with(path, bits, tmp_path):
         assert type(error) is ChecksumMismatch, at
         assert (error.name, error.start, error.stop) == (path.name, HEADER, size)
         assert error.tensors == ["sharded", "halves", "own"]
+    tell_refused(len(bits))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -97,6 +101,7 @@ def test_bits_of_a_header_fail_a_load(tiny: Simulated, tmp_path: Path, rank: int
         assert (error.name, error.start, error.stop) == (path.name, 0, HEADER)
         assert error.tensors == ["sharded", "halves", "own"]
         assert "They are the header of" in str(error)
+    tell_refused(len(bits))
 
 
 class _FlippingReader(FileReader):
@@ -143,6 +148,7 @@ def test_every_bit_of_a_header(tiny: Simulated, tmp_path: Path, rank: int) -> No
             data[at] ^= 1 << bit
         assert files.bytes_read == chunk.stop
     assert bytes(data) == path.read_bytes()
+    tell_refused(8 * HEADER)
 
 
 def test_sampled_bits_of_larger_data(tmp_path: Path) -> None:
@@ -166,6 +172,7 @@ def test_sampled_bits_of_larger_data(tmp_path: Path) -> None:
         assert (caught.value.start, caught.value.stop) == (start, min(start + BLOCK, size))
         assert caught.value.tensors == [["first"], ["second"], ["last"]][(start - HEADER) // (3 * BLOCK)]
         assert state["step"] == 0
+    tell_refused(len(sampled))
     state = blocks_state(0)
     shardckpt.load(tmp_path, state)
     assert holds(state, 1)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import shardckpt
 from shardckpt.buffer import CHUNK
+from shardckpt.coordinate import Coordinator
 from shardckpt.errors import (
     CheckpointError,
     ChecksumMismatch,
@@ -29,6 +30,7 @@ from shardckpt.errors import (
     TruncatedFile,
     UnsupportedVersion,
 )
+from shardckpt.failure import common, describe
 from tests.corruption.make import ONE_READER, blocks_state, flip, holds, manifest_path, rank_file, save_steps, step_path
 from tests.engine.simulate import resealed
 from tests.ranks import RankPool
@@ -196,6 +198,32 @@ def restore_spread(root: str, fallback: bool, read_once: str) -> Any:
         assert isinstance(leaf, DTensor)
         assert (leaf.to_local() == restored.step + added).all()
     return restored.step, state["step"], restored.info.skipped
+
+
+def fail_in_a_round() -> Any:
+    """This rank's own error, and the one that all ranks have in common."""
+    rank = dist.get_rank()
+    with Coordinator.connect(timeout=60.0) as coordinator:
+
+        def produce() -> bytes:
+            if rank == 1:
+                raise MissingFile("the file is gone", name="x")
+            if rank == 2:
+                raise ValueError("something else")
+            return b""
+
+        try:
+            coordinator.round("fail", produce)
+        except (CheckpointError, ValueError) as error:
+            return type(error), describe(common(error))
+    return None
+
+
+def test_ranks_with_errors_of_their_own_have_one_in_common(ranks: RankPool) -> None:
+    outcomes = ranks.run(4, fail_in_a_round)
+    assert [kind for kind, _ in outcomes] == [MissingFile, MissingFile, ValueError, MissingFile]
+    assert [told for _, told in outcomes] == [outcomes[0][1]] * 4
+    assert outcomes[0][1].kind == "MissingFile"
 
 
 @pytest.mark.parametrize("read_once", ["never", "always"])

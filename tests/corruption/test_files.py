@@ -30,6 +30,7 @@ from tests.corruption.make import (
     save_steps,
     save_tiny,
     step_path,
+    tell_refused,
     tiny_target,
 )
 from tests.ranks import RankPool
@@ -56,6 +57,7 @@ def test_a_manifest_cut_at_every_length(tmp_path: Path) -> None:
     for length in range(len(text)):
         manifest_path(tmp_path).write_bytes(text[:length])
         refused(tmp_path, InvalidManifest)
+    tell_refused(len(text))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -67,6 +69,7 @@ def test_a_rank_file_cut_at_every_length(tmp_path: Path, rank: int) -> None:
         os.truncate(path, length)
         error = refused(tmp_path, TruncatedFile)
         assert (error.name, error.wanted, error.got) == (path.name, size, length)
+    tell_refused(size)
 
 
 @pytest.mark.parametrize("more", [1, 9, 4096])
