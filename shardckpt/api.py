@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from .coordinate import Coordinator
 from .errors import ConfigError
 from .events import Event, Sink, Timings
 from .loading import Load, Restored
 from .options import Options
+from .readback import Verify
 from .root import find_checkpoint
 from .saving import Saved, Saver
 from .store import open_store
@@ -24,21 +25,25 @@ def save(
     *,
     step: int = 0,
     metadata: Mapping[str, Any] | None = None,
+    verify: Verify | None = None,
     on_event: Callable[[Event], object] | None = None,
     options: Options | None = None,
 ) -> Saved:
     """Save ``state`` as one checkpoint at ``url``, and return when it is durable.
 
     Collective: every rank calls it with its part of the state. ``step`` and ``metadata`` (a mapping of JSON values) are stored
-    in the manifest. Raises `AlreadyCommitted` when ``url`` has a checkpoint already; nothing is ever overwritten. ``on_event``
-    is called on each rank, at the end, with an `Event` for each phase of the save.
+    in the manifest. Raises `AlreadyCommitted` when ``url`` has a checkpoint already; nothing is ever overwritten. With
+    ``verify="readback"`` each rank reads its file again before the commit, past this host's caches where the storage allows
+    it, and a difference to what was in the tensors raises `ChecksumMismatch` on all ranks. ``on_event`` is called on each
+    rank, at the end, with an `Event` for each phase of the save.
     """
     options, sink, timings = options or Options(), Sink(on_event), Timings()
     check_step(step)
     check_metadata(metadata)
+    check_verify(verify)
     store = open_store(url)
     with Coordinator.connect(timeout=options.timeout) as coordinator:
-        saved = Saver(coordinator, store, options).save("", step, state, metadata or {}, timings)
+        saved = Saver(coordinator, store, options).save("", step, state, metadata or {}, timings, verify)
         sink.report("save", step, coordinator.rank, timings)
         return saved
 
@@ -77,6 +82,12 @@ def check_step(step: int) -> None:
     """Refuse what is no step number."""
     if type(step) is not int or not 0 <= step < 10**18:
         raise ConfigError(f"step={step!r} is not an int from 0 to 10**18 - 1")
+
+
+def check_verify(verify: object) -> None:
+    """Refuse what nothing is known by."""
+    if verify not in (None, *get_args(Verify)):
+        raise ConfigError(f"verify={verify!r} is not known; take verify='readback', or leave it out")
 
 
 def check_metadata(metadata: object) -> None:

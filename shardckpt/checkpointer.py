@@ -14,7 +14,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from .api import check_metadata, check_step
+from .api import check_metadata, check_step, check_verify
 from .appointment import Peers
 from .background.background import Background
 from .background.carrier import Carrier, ThreadCarrier
@@ -42,6 +42,7 @@ from .options import Options, Retention, Schedule
 from .policy import SavePolicy
 from .progress import Progress
 from .pruning import RunPruner
+from .readback import Verify
 from .restoring import Restoring
 from .root import Root
 from .saving import Saver
@@ -185,10 +186,16 @@ class Checkpointer:
 
     @_one_at_a_time
     def save(
-        self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None, wait: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        wait: bool = False,
+        verify: Verify | None = None,
     ) -> SaveHandle:
         """Save ``state`` as ``step``; return when it may be changed, as far as ``Options.stage`` says, or, with ``wait``, when
-        the save is durable.
+        the save is durable. ``verify="readback"`` is as for `shardckpt.save`.
 
         Raises `AlreadyCommitted` when the step exists (nothing is ever overwritten) and `StateError` for what cannot be
         saved. Errors of storage and of other ranks are raised by `SaveHandle.result`, and here as ``Options.on_error`` says.
@@ -197,12 +204,13 @@ class Checkpointer:
         wait = wait or self.preempted
         check_step(step)
         check_metadata(metadata)
+        check_verify(verify)
         handle = SaveHandle(step)
         journal, rank = self._journal, self._coordinator.rank
         progress = Progress(handle, self.url, rank, self._sink, journal, lambda: self._prune(step))
         try:
             if self._admit(handle, wait):
-                self._attempt(progress, state, metadata or {}, wait)
+                self._attempt(progress, state, metadata or {}, wait, verify)
         finally:
             handle._add_stall(perf_counter() - begun)
         if handle is self._latest:
@@ -262,10 +270,12 @@ class Checkpointer:
             self._coordinator.close()
             self._surface()
 
-    def _attempt(self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
+    def _attempt(
+        self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool, verify: Verify | None
+    ) -> None:
         """Start a save; what is not the state's fault is raised as the options say."""
         try:
-            self._start(progress, state, metadata, wait)
+            self._start(progress, state, metadata, wait, verify)
         except CheckpointError as error:
             is_tolerable = isinstance(error, StoreError | BackgroundDied) and not isinstance(error, NotACheckpointRoot)
             if is_tolerable or progress.is_noted:
@@ -275,17 +285,19 @@ class Checkpointer:
                 progress.handle._take_error()
                 raise
 
-    def _start(self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool) -> None:
+    def _start(
+        self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool, verify: Verify | None
+    ) -> None:
         self._latest = progress.handle
         prefix = f"{step_directory(progress.handle.step)}/"
         if wait:
-            prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings)
+            prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, verify=verify)
             progress.note_requested(prepared.attempt)
             saved = self._saver.finish(prepared, progress.timings)
             progress.ended(saved)
             self._saver.protect(prepared, saved)
         else:
-            self._background.start(progress, prefix, state, metadata)
+            self._background.start(progress, prefix, state, metadata, verify)
 
     def _admit(self, handle: SaveHandle, wait: bool) -> bool:
         """Make sure that no other save is under way; False when this one is to be skipped."""

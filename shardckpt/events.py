@@ -11,6 +11,7 @@ stage     save: copy tensors to host memory
 hash      save: digests of what is written
 write     save: hand data to the storage
 fsync     save: make it durable there
+readback  save: read it back from there and compare, if that is asked for
 receipts  save: wait until the other ranks have done that; on other ranks than 0, also until the checkpoint is committed
 commit    save: look at the files, build and publish the manifest; on rank 0
 read      load: get data from the storage
@@ -35,7 +36,19 @@ logger = logging.getLogger("shardckpt")
 
 Operation = Literal["save", "load"]
 Phase = Literal[
-    "capture", "exchange", "plan", "stage", "hash", "write", "fsync", "receipts", "commit", "read", "verify", "place"
+    "capture",
+    "exchange",
+    "plan",
+    "stage",
+    "hash",
+    "write",
+    "fsync",
+    "readback",
+    "receipts",
+    "commit",
+    "read",
+    "verify",
+    "place",
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """All phases, in the order in which they begin."""

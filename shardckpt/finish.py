@@ -18,6 +18,7 @@ from .events import Phase, Timings
 from .feed import Samples, Source
 from .manifest import Manifest, MetricsRecord, manifest_digest, rank_file_name
 from .metrics import encode_columns
+from .readback import Verify, read_back
 from .replicas import condense, find_diverging, raise_divergence
 from .store import Store
 from .write import Receipt, write_rank_file
@@ -41,6 +42,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per digest."""
     draft: Manifest | None
     """On rank 0: the manifest, without what is known only when the files are written."""
+    verify: Verify | None = None
+    """What to look at before this rank says that its file is durable."""
 
 
 class _Written(msgspec.Struct):
@@ -65,6 +68,8 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
 
     def write() -> bytes:
         receipt = write_rank_file(store, name, job.header, source, job.block_size, workers=workers, timings=timings)
+        if job.verify == "readback":
+            read_back(store, receipt, job.header, job.block_size, workers=workers, timings=timings)
         samples.append(source.samples())
         written_at.append(perf_counter())
         return _PACK.encode(_Written(receipt, condense(samples[0]), {**source.seconds, **timings.seconds}))

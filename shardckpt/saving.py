@@ -29,6 +29,7 @@ from .manifest import MANIFEST_NAME, Manifest, encode_canonical
 from .options import Options
 from .plan import Plan, make_plan
 from .protect import Committed, protect
+from .readback import Verify
 from .replicas import replica_groups
 from .root import Root
 from .stage import FileData, FileMap
@@ -95,6 +96,7 @@ class Prepared:
         tensors: Mapping[str, torch.Tensor],
         require_sound: Callable[[], None],
         begun: float,
+        verify: Verify | None,
     ) -> None:
         self.begun = begun
         """When save was called (`perf_counter`)."""
@@ -106,6 +108,7 @@ class Prepared:
         self.data = FileData(plan.where, tensors)
         """What goes into this rank's file."""
         self._require_sound = require_sound
+        self._verify = verify
         self._prefix = prefix
         self._rank = rank
         self._contents = _contents(exchanged)
@@ -119,6 +122,7 @@ class Prepared:
             header=self.plan.header,
             block_size=self.plan.plan.block_size,
             draft=self.plan.draft(self._contents) if self._rank == 0 else None,
+            verify=self._verify,
         )
 
     def sample(self, select: Callable[[str], bool] = lambda name: True) -> Samples:
@@ -167,11 +171,17 @@ class Saver:
         self._key = b""
 
     def save(
-        self, prefix: str, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any], timings: Timings | None = None
+        self,
+        prefix: str,
+        step: int,
+        state: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        timings: Timings | None = None,
+        verify: Verify | None = None,
     ) -> Saved:
         """Save, straight from the state's tensors; returns when the checkpoint is durable on all ranks. Collective."""
         timings = timings or Timings()
-        prepared = self.prepare(prefix, step, state, metadata, timings)
+        prepared = self.prepare(prefix, step, state, metadata, timings, verify=verify)
         saved = self.finish(prepared, timings)
         self.protect(prepared, saved)
         return saved
@@ -197,6 +207,7 @@ class Saver:
         metadata: Mapping[str, Any],
         timings: Timings,
         notice: Callable[[], bytes] = bytes,
+        verify: Verify | None = None,
     ) -> Prepared:
         """Capture ``state`` and agree on a plan for saving it under ``prefix`` ("" or "step-.../"). Collective; copies nothing.
 
@@ -228,7 +239,7 @@ class Saver:
         timings.add("exchange", perf_counter() - begun - timings.seconds["capture"])
         with timings.measure("plan"):
             plan = self._plan_for(exchanged)
-        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun)
+        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun, verify)
 
     def _plan_for(self, exchanged: Exchanged) -> RankPlan:
         """The plan, which is the one of the last save if nothing has changed since."""

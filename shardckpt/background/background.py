@@ -22,6 +22,7 @@ from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
 from shardckpt.live import LiveSource
 from shardckpt.options import Options
 from shardckpt.progress import Outcome, Progress
+from shardckpt.readback import Verify
 from shardckpt.saving import Prepared, Saved, Saver
 from shardckpt.stage import FileData, wait_for_devices
 from shardckpt.staging import LazyStaging, host_batches, stage_at_once, stage_through_ring
@@ -68,12 +69,14 @@ class Background:
         prefix: str,
         state: Mapping[str, Any],
         metadata: Mapping[str, Any],
+        verify: Verify | None = None,
     ) -> None:
         """Start a save when none is under way. Returns when the state may be changed, as far as ``Options.stage`` says.
 
         Collective. What the call itself gets wrong is raised here; all later errors go to ``progress``.
         """
-        prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, self._carrier.notice)
+        notice, timings = self._carrier.notice, progress.timings
+        prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, timings, notice, verify)
         try:
             source = self._make_source(prepared, progress, state)
         except Exception as error:

@@ -13,7 +13,7 @@ from shardckpt.metrics import decode_columns
 
 from .stored import StoredCheckpoint
 
-_MOVING: tuple[Phase, ...] = ("stage", "hash", "write")
+_MOVING: tuple[Phase, ...] = ("stage", "hash", "write", "readback")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ ROWS: list[tuple[str, set[str]]] = [
             "staging",
             "hostmemory",
             "write",
+            "readback",
             "read",
             "share",
         },
