@@ -17,7 +17,7 @@ import msgspec
 
 from ._version import __version__
 from .checksum import encode_digests
-from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, DigestRefused, MissingFile, StoreError
+from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, DigestRefused, MissingFile, NotACheckpointRoot, StoreError
 from .manifest import (
     FORMAT,
     MANIFEST_LIMIT,
@@ -127,7 +127,7 @@ def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:
     except StoreError as error:
         try:
             there = _committed_attempt(store, name) is not None
-        except MissingFile:
+        except (MissingFile, NotACheckpointRoot):
             there = False
         except CheckpointError:
             there = True

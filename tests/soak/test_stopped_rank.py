@@ -170,6 +170,25 @@ def test_rank_0_before_it_commits(ranks: RankPool, tmp_path: Path) -> None:
     require_whole(tmp_path, [1, 2, 3])
 
 
+def save_beside_a_slow_rank(root: str, phase: str, victim: int) -> int:
+    """A rank stops while it saves in the background, and goes on before anybody loses patience."""
+    pids: list[int] = [0] * WORLD_SIZE
+    dist.all_gather_object(pids, os.getpid())
+    rank = dist.get_rank()
+    fs = Stopping(root, phase if rank == victim else None, 0)
+    with checkpointer(root, fs, timeout=PATIENT) as ckpt:
+        handle = ckpt.save(1, a_part(1))
+        if rank == (victim + 1) % WORLD_SIZE:
+            resume(pids[victim], 1)
+        return handle.result(PATIENT).step
+
+
+@pytest.mark.parametrize(("phase", "victim"), [("writing", 3), ("receipt", 1), ("commit", 0)])
+def test_who_goes_on_in_time_costs_nothing(ranks: RankPool, tmp_path: Path, phase: str, victim: int) -> None:
+    assert ranks.run(WORLD_SIZE, save_beside_a_slow_rank, str(tmp_path), phase, victim, timeout=250) == [1] * WORLD_SIZE
+    require_whole(tmp_path, [1])
+
+
 def save_beside_a_stopped_process(root: str) -> tuple[Outcome, Outcome]:
     """The background process of rank 1 stands still."""
     rank = dist.get_rank()

@@ -65,11 +65,18 @@ def a_part(step: int) -> dict[str, Any]:
 
 
 class Meddling(FaultyFileSystem):
-    """Lets something happen when this rank is about to write its data."""
+    """Lets something happen when this rank is about to write its data, or to commit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.meddle: Callable[[], None] | None = None
+        self.meddle_at_commit: Callable[[], None] | None = None
+
+    def link(self, source: str, target: str) -> None:
+        if target.endswith("manifest.json") and self.meddle_at_commit is not None:
+            meddle, self.meddle_at_commit = self.meddle_at_commit, None
+            meddle()
+        super().link(source, target)
 
     def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
         if offset and self.meddle is not None:
@@ -105,13 +112,14 @@ def replace_by_file(root: Path) -> None:
     root.write_text("mine")
 
 
-TROUBLES: dict[str, Callable[[Path], object]] = {
+TROUBLES: dict[str, Callable[[Path], None]] = {
     "full": fill,
     "read-only": lambda root: remount("ro", root),
     "step removed": lambda root: shutil.rmtree(root / "step-00000003"),
     "root removed": shutil.rmtree,
     "root replaced": replace_by_file,
 }
+"""What rank 0 does to the root."""
 CURES: dict[str, Callable[[Path], object]] = {
     "full": make_room_by_pruning,
     "read-only": lambda root: remount("rw", root),
@@ -149,6 +157,9 @@ def save_in_trouble(root: str, mode: str, moment: str, trouble: str) -> Found:
             meddle()
         elif mode == "process":
             background_process().suspend()
+        elif moment == "commit":
+            # rank 0 alone: the others have sent their receipts
+            fs.meddle_at_commit = lambda: TROUBLES[trouble](place)
         else:
             fs.meddle = meddle
         handle = ckpt.save(3, a_part(3), wait=mode == "blocking")
@@ -246,12 +257,20 @@ def test_a_disk_that_becomes_read_only(ranks: RankPool, disk: Path, mode: str) -
         ("root replaced", NotACheckpointRoot, False, [4]),
     ],
 )
-def test_a_directory_that_is_removed_while_ranks_write(
-    ranks: RankPool, tmp_path: Path, mode: str, trouble: str, kind: type[CheckpointError], restores: bool, steps: list[int]
+@pytest.mark.parametrize("moment", ["while", "commit"])
+def test_a_directory_that_is_removed_while_ranks_save(
+    ranks: RankPool,
+    tmp_path: Path,
+    mode: str,
+    moment: str,
+    trouble: str,
+    kind: type[CheckpointError],
+    restores: bool,
+    steps: list[int],
 ) -> None:
-    """Both find out by themselves when they flush it."""
+    """While they write, both find out by themselves when they flush it."""
     root = tmp_path / "root"
-    found = ranks.run(2, save_in_trouble, str(root), mode, "while", trouble, timeout=250)
+    found = ranks.run(2, save_in_trouble, str(root), mode, moment, trouble, timeout=250)
     for rank, seen in enumerate(found):
         assert type(seen.error) is kind
         assert str(root) in str(seen.error)
