@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from .errors import AlreadyExists, CheckpointError, StorageFull, StoreError
+from .errors import AlreadyExists, CheckpointError, MissingFile, StorageFull, StoreError
 from .failed_restores import FailedRestores
 from .journal import fresh_attempts
 from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, STEP_PATTERN, step_directory
@@ -123,8 +123,7 @@ class Pruner:
             attempt = sole if self._named_attempt(files.step) in (sole, None) else None
         elif by_attempt:
             attempt = self._committed_attempt(files.step)
-        mark = files.removals().get(attempt or "")
-        entries = (files.manifest, *by_attempt.get(attempt or "", ()), *([mark] if mark else []))
+        entries = (files.manifest, *by_attempt.get(attempt or "", ()), *files.removals().get(attempt or "", ()))
         return Removal(what="step", step=files.step, attempt=attempt, entries=entries)
 
     def _plan_rest(
@@ -146,10 +145,10 @@ class Pruner:
             entries = tuple(by_attempt.get(attempt, ()))
             # no files appear any more under an id that was committed once, so there is nothing to wait for
             if attempt in marks:
-                yield Removal(what="attempt", step=files.step, attempt=attempt, entries=(*entries, marks[attempt]))
+                yield Removal(what="attempt", step=files.step, attempt=attempt, entries=(*entries, *marks[attempt]))
             elif attempt not in alive and all(entry.modified < oldest for entry in entries):
                 yield Removal(what="attempt", step=files.step, attempt=attempt, entries=entries)
-        gone = {*taken, *(mark for attempt, mark in marks.items() if attempt not in kept)}
+        gone = {*taken, *(entry for attempt in marks.keys() - kept for entry in marks[attempt])}
         left = tuple(entry for entry in files.temporaries if entry not in gone and entry.modified < oldest)
         if left:
             yield Removal(what="temporary", step=files.step, entries=left)
@@ -176,8 +175,9 @@ class Pruner:
         manifest, *files = removal.entries
         mark = f"{step_directory(removal.step)}/{removal_mark(removal.attempt or '')}"
         if removal.attempt is not None:
-            # on a full disk it goes without: then what is left by a prune that is killed goes after the grace time
-            with suppress(AlreadyExists, StorageFull):
+            # On a full disk it goes without: then what is left by a prune that is killed goes after the grace time. What is
+            # missing was removed by another prune: the temporary file of the mark.
+            with suppress(AlreadyExists, StorageFull, MissingFile):
                 self._store.put_if_absent(mark, b"")
         found = self._root.look_at(removal.step).manifest
         named = self._named_attempt(removal.step) if found and removal.attempt else None
@@ -197,7 +197,7 @@ class Pruner:
         """Whether nobody has written to the files, nor committed them, since the plan."""
         found = self._root.look_at(step)
         if removal.attempt is not None:
-            if removal.names[-1].endswith(removal_mark(removal.attempt)):
+            if any(removal_mark(removal.attempt) in name for name in removal.names):
                 return True
             if found.committed and self._committed_attempt(step) in (removal.attempt, None):
                 return False

@@ -15,7 +15,7 @@ from .store import Entry, Store, is_temporary
 
 CLOCK_DIRECTORY = ".clock"
 """Where files are put for a moment, to see what time the storage stamps on them."""
-_REMOVAL = re.compile(r"removing-([0-9a-f]{8,32})\.tmp\Z", re.ASCII)
+_REMOVAL = re.compile(r"removing-([0-9a-f]{8,32})\.tmp(?:\.[0-9a-f]{8}\.tmp|\.claim\.tmp)?\Z", re.ASCII)
 _PARITY = re.compile(r"parity(?:-\d{5,9}-\d{5,9})?-([0-9a-f]{8,32})\.(?:xor|json)\Z", re.ASCII)
 _STRAY = re.compile(rf"((probe|{re.escape(MANIFEST_NAME)})\.[0-9a-f]{{8}}|{re.escape(CLOCK_DIRECTORY)}/[^/]+)\.tmp\Z", re.ASCII)
 
@@ -63,9 +63,14 @@ class StepFiles:
                 found.setdefault(attempt, []).append(entry)
         return found
 
-    def removals(self) -> dict[str, Entry]:
+    def removals(self) -> dict[str, list[Entry]]:
         """What says that a committed attempt is being removed, by attempt."""
-        return {found[1]: entry for entry in self.entries if (found := _REMOVAL.match(_leaf(entry)))}
+        marks: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found = _REMOVAL.match(_leaf(entry))
+            if found is not None:
+                marks.setdefault(found[1], []).append(entry)
+        return marks
 
     @property
     def temporaries(self) -> tuple[Entry, ...]:

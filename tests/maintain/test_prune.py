@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.errors import MissingFile
 from shardckpt.journal import Journal
 from shardckpt.layout import Mesh, MeshLayout, Replicate
 from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
@@ -393,6 +394,34 @@ def test_a_step_whose_removal_was_begun_but_is_kept_now_stays_whole(manifests: d
     (removal,) = prune(store, keep_last=2, dead_before=NOW + 1)
     assert (removal.what, removal.names) == ("temporary", (mark,))
     assert names(store) == sorted(kept)
+
+
+def test_a_prune_that_was_killed_while_it_put_its_mark_leaves_nothing_for_long(manifests: dict[str, bytes]) -> None:
+    _, store = on_memory()
+    newest = [*put(store, 6, C), commit(store, 6, C, manifests)]
+    for ending in ("0123abcd", "claim"):
+        store.put_if_absent(f"{step_directory(5)}/{removal_mark(A)}.{ending}.tmp", b"")
+    put(store, 5, A)
+    (removal,) = prune(store)
+    assert (removal.what, removal.attempt, len(removal.entries)) == ("attempt", A, 3)
+    assert names(store) == sorted(newest)
+
+
+class Vanishing(LocalStore):
+    """Another prune removes the temporary file of a mark before it has its name."""
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        if name.endswith(".tmp"):
+            raise MissingFile(f"cannot publish {name}")
+        super().put_if_absent(name, data)
+
+
+def test_two_prunes_take_each_others_marks(tmp_path: Path) -> None:
+    with shardckpt.Checkpointer(tmp_path) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"t": torch.ones(3)}, wait=True)
+    assert [removal.step for removal in prune(Vanishing(tmp_path), keep_last=1)] == [1]
+    assert Root(LocalStore(tmp_path)).steps() == [2]
 
 
 def test_a_full_disk_can_be_pruned(tmp_path: Path) -> None:
