@@ -98,7 +98,8 @@ class Checkpointer:
     ) -> None:
         """Open ``root`` (a path, or a URL such as ``s3://bucket/run``), which is made at the first save.
 
-        After each commit all steps but the ``keep_last`` newest go, and those that are multiples of ``keep_every`` stay.
+        After each commit all steps but the ``keep_last`` newest go, and those that are multiples of ``keep_every`` stay. With
+        ``keep_last`` also what saves have left behind that were killed, see `Options.grace`.
         When `should_save` says yes is up to ``every_steps``, and to one of ``every_seconds``, ``continuous`` (the next save
         begins when the last one is durable) and ``max_overhead`` (saves take at most this share of the time, say 0.02).
         ``on_event`` is called on each rank with an `Event` for each phase of a save or restore that is over, from any thread.
@@ -113,7 +114,7 @@ class Checkpointer:
         self._sink = Sink(on_event)
         self._store = self._open_store(root)
         self._root = Root(self._store)
-        self._pruner = RunPruner(self._store, self._retention)
+        self._pruner = RunPruner(self._store, self._retention, self._options.grace)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
         carrier = _make_carrier(self._coordinator, self._store, self._options)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from .errors import ConfigError
 
+GRACE_SECONDS = 86400.0
+"""After this long without a sign of life an attempt at a save is taken for dead, unless the caller says otherwise."""
 _PARITY = re.compile(r"xor:([2-9]|[1-9]\d{1,6})", re.ASCII)
 _CHOICES = {
     "read_once": ("auto", "always", "never"),
@@ -66,6 +68,9 @@ class Options:
     It is written in the background once the save is durable, from what is read back from storage, and the next save waits for
     it; a blocking save does so itself. A save whose parity fails stays durable.
     """
+    grace: float = GRACE_SECONDS
+    """Seconds, by the clock of the storage, after which a save that was not committed, and of which no file and no marker was
+    written meanwhile, is dead: its files go after a commit, if there is a ``keep_last``. Longer than any save takes."""
     on_memory_errors: Literal["refuse", "warn"] = "refuse"
     """What a save does when a GPU of its state has had memory errors that ECC could not correct, so that the state may be
     damaged: raise `DeviceMemoryError` on all ranks until a good state is restored, or log a warning."""
@@ -77,6 +82,10 @@ class Options:
             raise ConfigError(
                 f"workers={self.workers!r} is not an int from 1 to 4: each thread has a buffer of up to 16 MiB, and "
                 "together they stay within 64 MiB per rank"
+            )
+        if not _is_number_within(self.grace, 0, 1e9):
+            raise ConfigError(
+                f"grace={self.grace!r} is not a number of seconds above 0; the default is {GRACE_SECONDS:g}, a day"
             )
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
@@ -147,7 +156,7 @@ class Schedule:
     every_seconds: float | None = None
     """This many seconds after the last save began (or `should_save` was first called), by the clock of rank 0."""
     continuous: bool = False
-    """As soon as the last save is durable; the first at once. After saves that failed, with pauses of 1 s, 2 s, 4 s, ... 5 min."""
+    """As soon as the last save is durable; the first at once. After saves that failed, with pauses of 1 s, 2 s, ... 5 min."""
     max_overhead: float | None = None
     """The share of the time that saves may cost, 0.02 for two per cent; the first at once.
 

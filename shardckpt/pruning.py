@@ -26,16 +26,13 @@ from .errors import AlreadyExists, CheckpointError, MissingFile, StorageFull, St
 from .failed_restores import FailedRestores
 from .journal import fresh_attempts
 from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, STEP_PATTERN, step_directory
-from .options import Retention
+from .options import GRACE_SECONDS, Retention
 from .root import CLOCK_DIRECTORY, Listing, Root, StepFiles, commit_times, removal_mark
 from .store import Entry, Store
 from .store.base import TEMPORARY_SUFFIX
 from .validate import parse_manifest
 
 logger = logging.getLogger("shardckpt")
-
-GRACE_SECONDS = 86400.0
-"""After this long without a sign of life an attempt at a save is taken for dead, unless the caller says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import typer
 
 from shardckpt.errors import CheckpointNotFound
 from shardckpt.journal import Journal, JournalEntry, outdated
-from shardckpt.options import Retention
-from shardckpt.pruning import GRACE_SECONDS, Pruner, Removal, storage_time
+from shardckpt.options import GRACE_SECONDS, Retention
+from shardckpt.pruning import Pruner, Removal, storage_time
 from shardckpt.root import Root, commit_times
 from shardckpt.store import open_store
 

@@ -16,8 +16,8 @@ from shardckpt.errors import MissingFile
 from shardckpt.journal import Journal
 from shardckpt.layout import Mesh, MeshLayout, Replicate
 from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
-from shardckpt.options import Retention
-from shardckpt.pruning import GRACE_SECONDS, Pruner, Removal, RunPruner, storage_time
+from shardckpt.options import GRACE_SECONDS, Options, Retention
+from shardckpt.pruning import Pruner, Removal, RunPruner, storage_time
 from shardckpt.root import Root, removal_mark
 from shardckpt.store import LocalStore, MemoryStore, Store
 from tests.engine.simulate import by_hand, invented_receipts, manifest_of
@@ -300,6 +300,23 @@ def test_a_run_removes_what_earlier_ones_have_left(manifests: dict[str, bytes]) 
     store.delete(f"{step_directory(7)}/{rank_file_name(0, C)}")
     run_pruner(store, Clock()).committed(saved(store, 7, manifests), ())
     assert names(store) == sorted([f"{step_directory(7)}/{MANIFEST_NAME}", f"{step_directory(7)}/{rank_file_name(0, C)}"])
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "grace", "goes"), [(2, GRACE_SECONDS, True), (2, 30 * GRACE_SECONDS, False), (None, GRACE_SECONDS, False)]
+)
+def test_a_checkpointer_removes_dead_attempts(tmp_path: Path, keep_last: int | None, grace: float, goes: bool) -> None:
+    store = LocalStore(tmp_path)
+    (tmp_path / "week-old").write_bytes(b"")
+    then = (tmp_path / "week-old").stat().st_mtime - 7 * GRACE_SECONDS
+    (tmp_path / "week-old").unlink()
+    dead, alive = put(store, 5, A, 0, 1), put(store, 5, B)
+    for name in dead:
+        os.utime(tmp_path / name, (then, then))
+    with shardckpt.Checkpointer(tmp_path, keep_last=keep_last, options=Options(grace=grace)) as ckpt:
+        ckpt.save(7, {"t": torch.ones(3)}, wait=True)
+    left = [name for name in names(store) if name.startswith(step_directory(5))]
+    assert left == sorted(alive if goes else dead + alive)
 
 
 def test_a_clock_that_is_put_forward_kills_nobody(manifests: dict[str, bytes]) -> None:
