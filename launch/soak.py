@@ -29,11 +29,13 @@ def draw(chance: random.Random, launcher: str, chain: Plan | None, leg: int) -> 
     victims = chance.choice(["one", "one", "all", "everything"] + ["background"] * (background == "process"))
     forked = launcher == "fork"
     keep_last = chain.keep_last if chain else chance.choice([None, 1, 2, 3])
+    chain_seed = chain.seed if chain else chance.randrange(1 << 30)
+    more = random.Random(f"{chain_seed}/{leg}")
     return Plan(
         launcher=launcher,
         leg=leg,
         world_size=world_size,
-        seed=chain.seed if chain else chance.randrange(1 << 30),
+        seed=chain_seed,
         columns=chain.columns if chain else chance.choice([500, 500, 500, 40_000]),
         keep_last=keep_last,
         keep_every=chain.keep_every if chain else keep_last and chance.choice([None, 10]),
@@ -43,6 +45,8 @@ def draw(chance: random.Random, launcher: str, chain: Plan | None, leg: int) -> 
         stage=chance.choice(["eager", "lazy"]),
         background=background,
         ring=chance.random() < 0.2,
+        readback=more.random() < 0.2,
+        parity=more.random() < 0.3,
         victims=victims,
         victim=chance.randrange(world_size),
         fatal_call=chance.choice([0, chance.randrange(1, 250)]) if victims in ("one", "all") else 0,

@@ -50,6 +50,8 @@ class Plan:
     stage: str
     background: str
     ring: bool
+    readback: bool
+    parity: bool
     victims: str
     """``one`` rank, ``all`` ranks, ``everything`` (the processes that save in the background too), or the one of one rank."""
     victim: int
@@ -74,6 +76,7 @@ class Plan:
     def describe(self) -> str:
         """One line."""
         how = "blocking" if self.blocking else f"{self.stage} {self.background}{' ring' * self.ring}"
+        how += " readback" * self.readback + " parity" * self.parity
         when = f"at call {self.fatal_call}" if self.fatal_call else f"after {self.after:.2f} s{' of the start' * self.early}"
         who = f"{self.victims} ({self.victim})" if self.victims in ("one", "background") or self.fatal_call else self.victims
         end = f"killed {who} {when}, others {self.survivors}" if self.killed else "ran to its end"
@@ -93,6 +96,8 @@ class Plan:
             stage=self.stage,
             background=self.background,
             ring=self.ring,
+            readback=self.readback,
+            parity=self.parity,
             keep_last=self.keep_last,
             keep_every=self.keep_every,
             timeout=SHORT if self.survivors == "left" else LONG,

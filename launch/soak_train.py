@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,10 @@ class Job:
     background: str
     ring: bool
     """Whether each rank has host memory for one chunk of its file only."""
+    readback: bool
+    """Whether saves read back what they have written before they commit."""
+    parity: bool
+    """Whether all ranks together write a parity of their files, where there are several."""
     keep_last: int | None
     keep_every: int | None
     timeout: float
@@ -177,7 +181,8 @@ class Rank:
         self.log("ask", step=step)
         metadata = {"leg": self.job.leg, "world_size": self.world_size}
         try:
-            self.saves.append(ckpt.save(step, self.state, metadata=metadata, wait=self.job.blocking))
+            verify: Literal["readback"] | None = "readback" if self.job.readback else None
+            self.saves.append(ckpt.save(step, self.state, metadata=metadata, wait=self.job.blocking, verify=verify))
         except (shardckpt.CoordinationError, shardckpt.BackgroundDied, shardckpt.AlreadyCommitted) as error:
             self.log("failed", step=step, error=type(error).__name__, message=str(error))
 
@@ -229,11 +234,13 @@ def open_checkpointer(job: Job, rank: int) -> shardckpt.Checkpointer:
         def _open_store(root: str | os.PathLike[str]) -> Store:
             return LocalStore(root, mortal(job.fatal_call))
 
+    world_size = dist.get_world_size()
     options = shardckpt.Options(
         timeout=job.timeout,
         stage="lazy" if job.stage == "lazy" else "eager",
         background="process" if job.background == "process" else "thread",
-        host_memory_limit=CHUNK * dist.get_world_size() if job.ring else None,
+        host_memory_limit=CHUNK * world_size if job.ring else None,
+        parity=f"xor:{world_size}" if job.parity and world_size > 1 else None,
     )
     kind = Mortal if rank == job.victim else shardckpt.Checkpointer
     return kind(job.root, keep_last=job.keep_last, keep_every=job.keep_every, options=options)
