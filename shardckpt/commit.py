@@ -141,12 +141,19 @@ def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:
 
 
 def find_committed(store: Store, prefix: str, attempt: str) -> str | None:
-    """The SHA-256 of the manifest if ``attempt`` has committed here, for one who was not told. Raises `StoreError`."""
+    """The SHA-256 of the manifest if ``attempt`` has committed here, for one who was not told. Raises `StoreError`.
+
+    The commit is durable then: whoever made it may have died before it was.
+    """
+    name = f"{prefix}{MANIFEST_NAME}"
     try:
-        data = store.get(f"{prefix}{MANIFEST_NAME}", MANIFEST_LIMIT)
+        data = store.get(name, MANIFEST_LIMIT)
     except MissingFile:
         return None
-    return manifest_digest(data) if parse_manifest(data).manifest.attempt == attempt else None
+    if parse_manifest(data).manifest.attempt != attempt:
+        return None
+    store.make_durable(name)
+    return manifest_digest(data)
 
 
 def _committed_attempt(store: Store, name: str) -> str:

@@ -71,6 +71,7 @@ class Pruner:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._root = Root(store)
+        self._newest: int | None = None
 
     # ---- plan
 
@@ -90,6 +91,7 @@ class Pruner:
         attempts, temporary files, and those of the empty ``directories`` that are the engine's.
         """
         committed = [files.step for files in found.steps if files.committed]
+        self._newest = committed[-1] if committed else None
         expired = set(retention.expired(committed) if retention else ()) - set(protected)
         oldest = dead_before if dead_before is not None else float("-inf")
         alive = fresh_attempts(found.saves, oldest)
@@ -169,6 +171,7 @@ class Pruner:
 
     def _remove_step(self, removal: Removal) -> bool:
         assert removal.step is not None
+        self._secure_newest()
         manifest, *files = removal.entries
         mark = f"{step_directory(removal.step)}/{removal_mark(removal.attempt or '')}"
         if removal.attempt is not None:
@@ -189,6 +192,13 @@ class Pruner:
         if removal.attempt is not None:
             self._store.delete(mark)
         return True
+
+    def _secure_newest(self) -> None:
+        """Make the newest step durable, for which older ones go: who committed it may have been killed before it was."""
+        if self._newest is not None:
+            with suppress(MissingFile):
+                self._store.make_durable(f"{step_directory(self._newest)}/{MANIFEST_NAME}")
+            self._newest = None
 
     def _is_unchanged(self, removal: Removal, step: int) -> bool:
         """Whether nobody has written to the files, nor committed them, since the plan."""

@@ -305,6 +305,13 @@ class Store(ABC):
         Directories that this leaves empty are removed too, the root excepted.
         """
 
+    def make_durable(self, name: str) -> None:  # noqa: B027  (where what can be seen is durable, there is nothing to do)
+        """Make a file that another process has put last: that one may have been killed before it came to this.
+
+        When this returns, a power cut cannot undo the `put_if_absent`. Raises `StoreError`; `MissingFile`, if it looks and
+        there is none.
+        """
+
     def empty_directories(self) -> Sequence[Entry]:
         """Directories right under the root that have nothing in them: what a process has left that was killed.
 

@@ -151,6 +151,13 @@ class LocalStore(Store):
         self._directories.sync_if_there(directory)
         self._directories.remove_empty(directory)
 
+    def make_durable(self, name: str) -> None:
+        path = self._path(name)
+        with explained("flush", path):
+            self._fs.lstat(path)
+        # What is in it was flushed before it was given its name.
+        self._directories.sync_path(os.path.dirname(path))
+
     def empty_directories(self) -> Sequence[Entry]:
         found = []
         with explained("list", self.url), suppress(FileNotFoundError):

@@ -103,7 +103,8 @@ class Disk(FileSystem):
     def report(self, *promises: set[int]) -> None:
         """Something has reported success: from now on these have to be kept, and nothing of what was done may be undone."""
         self.promise(*promises)
-        self._remember(REPORTED)
+        with self._lock:
+            self._remember(REPORTED)
 
     def put(self, path: str, content: bytes | None = None) -> None:
         """Set up a file or, without content, a directory, that is durable with its name; what is above it has to be there."""

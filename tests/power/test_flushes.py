@@ -13,7 +13,7 @@ from tests.power.judge import Judge
 from tests.power.worlds import WORLDS, on_disk
 from tests.style.source import modules
 
-ENOUGH = ("saves", "saves that replace", "two ranks", "files")
+ENOUGH = ("saves", "saves that replace", "commit found after a kill", "two ranks", "files", "file of another")
 """Worlds in which all flushes are carried out."""
 FLUSHING = {"fsync", "sync", "sync_path", "sync_if_there", "_sync_above"}
 """Methods of the storage room that flush."""

@@ -273,6 +273,18 @@ def test_what_is_above_the_root_is_flushed_once_and_again_when_it_was_removed(st
     assert [args[0] for call, args in fs.calls if call == "open"].count(above) == 2
 
 
+def test_a_file_that_another_has_put_is_made_durable(store: LocalStore, fs: FaultyFileSystem) -> None:
+    store.put_if_absent("a/file", b"")
+    start = len(fs.calls)
+    store.make_durable("a/file")
+    assert [args[0] for call, args in fs.calls[start:] if call == "open"] == [f"{store.url}/a", store.url]
+    with pytest.raises(MissingFile):
+        store.make_durable("a/other")
+    fs.fail("fsync", errno.EIO)
+    with pytest.raises(StoreError, match="flush directory"):
+        store.make_durable("a/file")
+
+
 def _below_mount_point(directory: Path) -> list[Path]:
     """``directory`` and those above it, up to where its file system is mounted."""
     if os.path.ismount(directory):
