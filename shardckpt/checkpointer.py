@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from .api import check_metadata, check_step, check_verify
 from .appointment import Peers
-from .background.background import Background
+from .background.background import Background, UnderWay
 from .background.carrier import Carrier, ThreadCarrier
 from .background.process import ProcessCarrier
 from .coordinate import Coordinator
@@ -215,7 +215,7 @@ class Checkpointer:
         finally:
             handle._add_stall(perf_counter() - begun)
         if handle is self._latest:
-            self._policy.saved(handle)
+            self._policy.saved(UnderWay(handle, self._background))
         return handle
 
     @_one_at_a_time

@@ -19,6 +19,7 @@ from shardckpt.failure import describe, rebuild
 from shardckpt.feed import Feed, Samples, Source, failed_feed
 from shardckpt.gpu import GPU, gpu_of, near, wants_pinning
 from shardckpt.guard import STEP_GUARD, Versions, owned_by_optimizers
+from shardckpt.handle import SaveHandle
 from shardckpt.live import LiveSource
 from shardckpt.options import Options
 from shardckpt.progress import Outcome, Progress
@@ -31,6 +32,28 @@ from shardckpt.store import Store
 from .carrier import Carrier
 
 logger = logging.getLogger("shardckpt")
+
+
+class UnderWay:
+    """A save as whoever paces saves sees it: over when the next one would not have to wait, so when it has its parity too."""
+
+    def __init__(self, handle: SaveHandle, background: Background) -> None:
+        self._handle = handle
+        self._background = background
+
+    @property
+    def stall(self) -> float:
+        """Seconds that training was held."""
+        return self._handle.stall
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """Why it failed."""
+        return self._handle.error
+
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self._handle.done() and not self._background.is_busy
 
 
 class Background:

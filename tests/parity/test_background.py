@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt.background.background import Background
+from shardckpt.background.background import Background, UnderWay
 from shardckpt.maintain.stored import open_checkpoint
 from shardckpt.manifest import step_directory
 from shardckpt.parity.record import find_parity
@@ -60,13 +60,15 @@ def save_behind_a_gate(root: str, stage: str) -> list[Any]:
         handle = ckpt.save(1, a_state(rank, 1))
         seen: list[Any] = [handle.result(PATIENCE).step, handle.state]
         gate.until_reached()
-        seen.append(is_protected(root, 1))
+        # a continuous schedule asks for the next save when it need not wait
+        pace = UnderWay(handle, ckpt._background)
+        seen += [is_protected(root, 1), handle.done(), pace.done()]
         second = InThread(lambda: ckpt.save(2, a_state(rank, 2)))
         until_blocked(second, Background.wait)
         gate.lift()
         seen.append(second.result().result(PATIENCE).step)
         ckpt.wait()
-        seen += [is_protected(root, 1), is_protected(root, 2)]
+        seen += [pace.done(), is_protected(root, 1), is_protected(root, 2)]
         ckpt.save(3, a_state(rank, 3), wait=True)
         return [*seen, is_protected(root, 3)]
 
@@ -76,7 +78,7 @@ def test_a_save_is_durable_before_parity_begins_and_the_next_one_waits_for_it(
     ranks: RankPool, tmp_path: Path, stage: str
 ) -> None:
     found = ranks.run(2, save_behind_a_gate, str(tmp_path / "run"), stage, timeout=PATIENCE)
-    assert found == [[1, "durable", False, 2, True, True, True]] * 2
+    assert found == [[1, "durable", False, True, False, 2, True, True, True, True]] * 2
     for step in (1, 2, 3):
         require_rebuilds(ranks, tmp_path / "run", step, 2)
 
