@@ -23,7 +23,9 @@ from typing import Literal
 import msgspec
 
 from .errors import AlreadyExists, CheckpointError, MissingFile, StorageFull, StoreError
+from .failed_restores import DIRECTORY as RESTORES
 from .failed_restores import FailedRestores
+from .journal import DIRECTORY as JOURNAL
 from .journal import fresh_attempts
 from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, STEP_PATTERN, step_directory
 from .options import GRACE_SECONDS, Retention
@@ -33,6 +35,8 @@ from .store.base import TEMPORARY_SUFFIX
 from .validate import parse_manifest
 
 logger = logging.getLogger("shardckpt")
+
+_OWN_DIRECTORIES = (JOURNAL, RESTORES, CLOCK_DIRECTORY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,7 @@ class Pruner:
         plan += (
             Removal(what="directory", step=_number(entry.name), entries=(entry,))
             for entry in directories
-            if entry.modified < oldest and (_number(entry.name) is not None or entry.name.startswith("."))
+            if entry.modified < oldest and (_number(entry.name) is not None or entry.name in _OWN_DIRECTORIES)
         )
         return plan
 

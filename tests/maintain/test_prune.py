@@ -153,11 +153,11 @@ def test_temporary_files_and_empty_directories_go(tmp_path: Path) -> None:
     put(store, 5, A)
     old = [
         *(tmp_path / step_directory(5) / name for name in ("manifest.json.0123abcd.tmp", "manifest.json.claim.tmp")),
-        *(tmp_path / name for name in ("probe.0123abcd.tmp", ".clock/0123.tmp", "step-00000006", "step-00000007")),
+        *(tmp_path / name for name in ("probe.0123abcd.tmp", ".clock/0123.tmp", ".saves", "step-00000006", "step-00000007")),
     ]
-    others = [tmp_path / name for name in ("notes.tmp", "logs", "step-8", "step-00000009")]
+    others = [tmp_path / name for name in ("notes.tmp", ".git", "logs", "step-8", "step-00000009")]
     for path in [*old, *others]:
-        if path.suffix:
+        if path.suffix == ".tmp":
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"1234")
         else:
@@ -170,10 +170,11 @@ def test_temporary_files_and_empty_directories_go(tmp_path: Path) -> None:
     assert [(removal.what, removal.step) for removal in plan] == [
         ("temporary", 5),
         ("temporary", None),
+        ("directory", None),
         ("directory", 6),
         ("directory", 7),
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "notes.tmp", "step-00000005", "step-00000009", "step-8"]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in others} | {step_directory(5)}
     assert len(names(store)) == 2
 
 
