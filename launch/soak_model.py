@@ -29,6 +29,8 @@ class Model:
         """By step and start: ranks that were about to save."""
         self.durable: dict[int, int] = {}
         """Steps that somebody was told are durable, and the start in which."""
+        self.finished: dict[int, int] = {}
+        """Those of which rank 0 was told, which prunes before it is."""
         self.seen: list[int] = []
         """Steps that were there at the last look."""
         self.looked_after = 0
@@ -52,6 +54,8 @@ class Model:
                         self.asked[entry["step"], plan.leg].add(rank)
                     case "durable":
                         self.durable[entry["step"]] = plan.leg
+                        if rank == 0:
+                            self.finished[entry["step"]] = plan.leg
                     case "restored":
                         restored.add((entry["step"], entry["leg"]))
                     case "failed":
