@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.errors import InvalidManifest
 from shardckpt.manifest import MANIFEST_LIMIT, MANIFEST_NAME, rank_file_name
+from shardckpt.validate import parse_manifest
 from tests.hostile.base import ATTEMPT, examine
 from tests.hostile.cases import CASES
 from tests.hostile.greedy import BLOCK, GREEDY, claims, tiny
@@ -107,8 +109,11 @@ def test_no_memory_is_taken_before_files_are_seen_to_have_it(tmp_path: Path, goo
         checkpoint(tmp_path / "value", value, 4096 + HUGE),
         checkpoint(tmp_path / "zeros", claims(BLOCK), 4096 + BLOCK),
     ]
+    # of a manifest over its cap nothing is read
+    over = checkpoint(tmp_path / "over", b"", None)
+    os.truncate(over / MANIFEST_NAME, MANIFEST_LIMIT + 1)
     assert max(len((path / MANIFEST_NAME).read_bytes()) for path in paths) < KIB
-    found = look("load", [good, *paths])
+    found = look("load", [good, *paths, over])
     check(found)
     assert {name: error for name, (error, _, _) in found.items()} == {
         "missing": "MissingFile",
@@ -118,6 +123,7 @@ def test_no_memory_is_taken_before_files_are_seen_to_have_it(tmp_path: Path, goo
         "header": "TruncatedFile",
         "value": "InvalidManifest",
         "zeros": "ChecksumMismatch",
+        "over": "StoreError",
     }
 
 
@@ -131,13 +137,10 @@ def test_no_memory_is_taken_before_the_target_is_seen_to_fit(tmp_path: Path, goo
     assert {name: error for name, (error, _, _) in found.items()} == {"there": "ShapeMismatch", "missing": "MissingFile"}
 
 
-def test_a_manifest_over_its_cap_is_not_read(tmp_path: Path, good: Path) -> None:
-    path = checkpoint(tmp_path / "cap", b"", None)
-    with open(path / MANIFEST_NAME, "wb") as file:
-        file.truncate(MANIFEST_LIMIT + 1)
-    found = look("load", [good, path])
-    check(found, 16 << 20)
-    assert found["cap"][0] == "StoreError"
+def test_no_manifest_over_its_cap_is_written() -> None:
+    """What no load would read must not be committed: the same check is before both."""
+    with pytest.raises(InvalidManifest, match="size: 268435457 bytes, more than the 268435456"):
+        parse_manifest(bytes(MANIFEST_LIMIT + 1))
 
 
 def test_the_good_ones_are_good() -> None:
