@@ -44,8 +44,6 @@ class FailedRestore:
     """Number of the training step."""
     digest: str
     """SHA-256 of the manifest, in hex."""
-    modified: float
-    """When it failed: seconds since the epoch, by the clock of the storage."""
 
 
 class FailedRestores:
@@ -60,7 +58,7 @@ class FailedRestores:
         for entry in self._store.list(DIRECTORY):
             named = _NAME.match(entry.name)
             if named is not None and entry.name == _marker(int(named[1]), named[2]):
-                found.append(FailedRestore(int(named[1]), named[2], entry.modified))
+                found.append(FailedRestore(int(named[1]), named[2]))
         return sorted(found, key=lambda failed: (failed.step, failed.digest))
 
     def reason(self, failed: FailedRestore) -> str:
