@@ -38,6 +38,8 @@ MAX_MESH_RANKS = 1 << 22
 """Ranks of all meshes of a manifest together: a regular mesh is a few bytes there, and a number per rank in memory."""
 MAX_SPLITS = 1 << 13
 """Product of the split factors of a layout: a shard has up to so many pieces."""
+QUOTED = 200
+"""Characters of a message that come from a document."""
 BOX_TESTS = 256
 """Pairs of boxes, per box, that are tried for overlap. Grids of up to 256 x 256 boxes need no more."""
 
@@ -265,3 +267,8 @@ def require(condition: bool, where: str, problem: str) -> None:
     """Raise `InvalidManifest` with what is wrong where, unless ``condition`` holds."""
     if not condition:
         raise InvalidManifest(f"invalid manifest: {where}: {problem}", where=where)
+
+
+def quoted(text: str) -> str:
+    """What a decoder says of a document, shortened, as it can be printed on one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:QUOTED])

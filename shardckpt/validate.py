@@ -39,7 +39,7 @@ from .manifest import (
 )
 from .metrics import decode_columns
 from .plan import MAX_BLOCK, Plan, PlannedTensor
-from .records import LayoutDecoder, check_cover, require
+from .records import QUOTED, LayoutDecoder, check_cover, quoted, require
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_WORLD_SIZE = 1 << 20
@@ -72,8 +72,6 @@ class Checkpoint:
 
 _BOM = b"\xef\xbb\xbf"
 _INT64 = range(-(1 << 63), 1 << 63)
-_QUOTED = 200
-"""Characters of a message that come from the document."""
 _LAYOUT_WORK = 64
 """What a layout costs beside what it costs for each rank, in numbers."""
 
@@ -124,16 +122,11 @@ def _decode(data: bytes, kind: type[msgspec.Struct]) -> Any:
         raise InvalidManifest("invalid manifest: nested too deep to be decoded") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         # of a field that is not known the message has the name, which may be long and may steer a terminal
-        raise InvalidManifest(f"invalid manifest: {_quoted(str(error))}") from None
-
-
-def _quoted(text: str) -> str:
-    """``text`` as it can be printed on one line."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_QUOTED])
+        raise InvalidManifest(f"invalid manifest: {quoted(str(error))}") from None
 
 
 def _check_version(envelope: _Envelope) -> None:
-    require(envelope.format == FORMAT, "format", f"{envelope.format[:_QUOTED]!r} is not {FORMAT!r}")
+    require(envelope.format == FORMAT, "format", f"{envelope.format[:QUOTED]!r} is not {FORMAT!r}")
     if envelope.version != VERSION:
         raise UnsupportedVersion(
             f"the checkpoint has format version {envelope.version}, this shardckpt reads version {VERSION}. "
@@ -143,7 +136,7 @@ def _check_version(envelope: _Envelope) -> None:
     unknown = sorted(set(envelope.features) - KNOWN_FEATURES)
     if unknown:
         raise UnsupportedVersion(
-            f"the checkpoint needs features that this shardckpt does not know: {_quoted(str(unknown))}. "
+            f"the checkpoint needs features that this shardckpt does not know: {quoted(str(unknown))}. "
             "Install a newer shardckpt",
             features=unknown,
         )
@@ -157,7 +150,7 @@ def _check_values(manifest: Manifest) -> None:
     """Refuse what no value is encoded as; what its tags mean is checked where it is decoded."""
     for where, names in (("objects", manifest.objects), ("containers", manifest.containers), ("tensors", manifest.tensors)):
         for name in names:
-            require(is_name(name), where, f"{name[:_QUOTED]!r} is no name")
+            require(is_name(name), where, f"{name[:QUOTED]!r} is no name")
     pending: list[tuple[Any, int]] = [(manifest.objects, 0), (manifest.containers, 0), (manifest.metadata, 0)]
     while pending:
         value, depth = pending.pop()

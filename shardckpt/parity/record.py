@@ -15,6 +15,7 @@ import msgspec
 from shardckpt.checksum import DIGEST_BYTES, decode_digests, encode_digests
 from shardckpt.errors import InvalidManifest, InvalidParity, MissingFile
 from shardckpt.manifest import MANIFEST_LIMIT, Count, FileRecord, encode_canonical, is_sealed, seal
+from shardckpt.records import quoted
 from shardckpt.store import Store
 from shardckpt.validate import Checkpoint
 
@@ -146,7 +147,7 @@ def parse_parity(data: bytes, prefix: str, checkpoint: Checkpoint) -> Parity:
     try:
         record = msgspec.json.decode(data, type=ParityRecord)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidParity(f"invalid parity record: {error}") from None
+        raise InvalidParity(f"invalid parity record: {quoted(str(error))}") from None
     _require(encode_canonical(record) == data, "it is not canonical JSON")
     known = (PARITY_FORMAT, PARITY_VERSION, "xor")
     _require((record.format, record.version, record.method) == known, "it is of a format, version or method that is not known")
