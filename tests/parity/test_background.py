@@ -20,13 +20,13 @@ from shardckpt.manifest import step_directory
 from shardckpt.parity.record import find_parity
 from shardckpt.store import LocalStore
 from tests.engine.stores import Gate, checkpointer
-from tests.engine.test_process import background_process
+from tests.engine.test_process import background_process, kill
 from tests.engine.waiting import InThread, until_blocked
 from tests.parity.jobs import a_state, load, lose, rank_file
 from tests.ranks import RankDied, RankPool, meet
 from tests.store.faults import FaultyFileSystem
 
-PATIENCE = 120.0
+PATIENCE = 200.0
 LONG = 600.0
 """Seconds that ranks wait for each other: much longer than the tests do."""
 
@@ -106,7 +106,7 @@ def lose_the_process(root: str) -> list[Any]:
     with shardckpt.Checkpointer(root, options=options) as ckpt:
         saved = ckpt.save(1, a_state(rank, 1)).result(PATIENCE)
         if rank == 1:
-            background_process().kill()
+            kill(background_process())
         ckpt.wait()
         second = ckpt.save(2, a_state(rank, 2)).result(PATIENCE)
         ckpt.wait()
