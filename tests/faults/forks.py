@@ -17,8 +17,10 @@ from shardckpt.coordinate import Coordinator
 from shardckpt.meeting import serve
 from shardckpt.wire import tcp_store
 
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 """Seconds; used up only by what hangs."""
+LONGEST: Final = 600.0
+"""Seconds for all of the faults of a test together, on a busy machine."""
 DIED: Final = "killed by SIGKILL"
 """In place of what a job would have returned."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -95,7 +97,7 @@ class _Batch:
 
     def _read(self) -> None:
         """Take what comes out of each process until it ends."""
-        deadline = time.monotonic() + 2 * PATIENCE
+        deadline = time.monotonic() + LONGEST
         with selectors.DefaultSelector() as selector:
             for end in self._ends:
                 selector.register(end, selectors.EVENT_READ)

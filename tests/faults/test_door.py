@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from shardckpt.maintain.verify import verify
 from shardckpt.store import LocalStore
-from tests.faults.forks import run_worlds
+from tests.faults.forks import LONGEST, run_worlds
 from tests.faults.saves import make_root, recover, restore_newest, save_next
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
 
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 AUDITED = {
     *("open", "os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.listdir", "os.scandir"),
     *("os.truncate", "os.chmod", "os.utime", "shutil.rmtree", "shutil.copyfile", "shutil.move"),
@@ -73,7 +76,7 @@ def in_a_fork(root: Path) -> tuple[int, list[str]]:
 
 
 def test_all_storage_calls_go_through_one_door(ranks: RankPool, tmp_path: Path) -> None:
-    [(passed, beside)] = ranks.run(1, in_a_fork, tmp_path / "root")
+    [(passed, beside)] = ranks.run(1, in_a_fork, tmp_path / "root", timeout=LONGEST)
     assert passed > 100
     # the one at the end, by which we know that the others would be seen
     assert len(beside) == 1 and "use_and_watch" in beside[0], "\n".join(beside)

@@ -6,10 +6,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from tests.faults.forks import DIED, run_worlds
+import pytest
+
+from tests.faults.forks import DIED, LONGEST, run_worlds
 from tests.faults.saves import ERRORS, KEPT, attempt, count_calls, faults, make_root, restore_newest
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
+
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 
 
 def restore_with_faults(root: Path) -> tuple[int, int, int]:
@@ -38,7 +42,7 @@ def restore_with_faults(root: Path) -> tuple[int, int, int]:
 
 
 def test_faults_at_every_call_of_a_restore(ranks: RankPool, tmp_path: Path) -> None:
-    [(calls, planned, failed)] = ranks.run(1, restore_with_faults, tmp_path / "root", timeout=200)
+    [(calls, planned, failed)] = ranks.run(1, restore_with_faults, tmp_path / "root", timeout=LONGEST)
     print(f"restore: {planned} faults at {calls} calls; {failed} restores failed, all others were exact")
     assert calls > 15
     assert planned > 3 * calls

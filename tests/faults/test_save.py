@@ -12,7 +12,7 @@ import pytest
 
 from shardckpt.errors import CheckpointError
 from tests.engine.stores import files
-from tests.faults.forks import DIED, run_worlds
+from tests.faults.forks import DIED, LONGEST, run_worlds
 from tests.faults.saves import (
     ALL,
     ERRORS,
@@ -30,6 +30,8 @@ from tests.faults.saves import (
 )
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
+
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 
 STEP_3 = "/step-00000003"
 SPREAD = 37
@@ -97,8 +99,8 @@ def test_every_error_at_every_call_of_a_save(
     template = tmp_path / "root"
     [planned] = ranks.run(1, plan_faults, template, kinds, lasting, wait)
     roots = copies(template, len(planned))
-    [outcomes] = ranks.run(1, save_with_errors, roots, planned, wait, timeout=200)
-    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=200, fresh=True)
+    [outcomes] = ranks.run(1, save_with_errors, roots, planned, wait, timeout=LONGEST)
+    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=LONGEST, fresh=True)
     calls = max(fault.call for fault in planned)
     assert calls > 80
     assert {fault.call for fault in planned} == set(range(1, calls + 1))
@@ -125,9 +127,9 @@ def test_a_kill_at_every_call_of_a_save(ranks: RankPool, tmp_path: Path, wait: b
     template = tmp_path / "root"
     [planned] = ranks.run(1, plan_faults, template, ("kill",), (), wait)
     roots = copies(template, len(planned))
-    [outcomes] = ranks.run(1, save_and_be_killed, roots, planned, wait, timeout=200)
+    [outcomes] = ranks.run(1, save_and_be_killed, roots, planned, wait, timeout=LONGEST)
     assert outcomes == [DIED] * len(planned)
-    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=200, fresh=True)
+    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=LONGEST, fresh=True)
     print(f"one rank, {'blocking' if wait else 'background'}: killed at each of {len(planned)} calls")
     assert len(planned) > 80
 
@@ -158,10 +160,10 @@ def test_a_second_fault_while_the_run_is_started_again(ranks: RankPool, tmp_path
     [kills] = ranks.run(1, plan_faults, template, ("kill",), (), True)
     planned = kills if ALL else kills[::2]
     roots = copies(template, len(planned))
-    ranks.run(1, save_and_be_killed, roots, planned, True, timeout=200)
+    ranks.run(1, save_and_be_killed, roots, planned, True, timeout=LONGEST)
     second = [Fault(fault.call * SPREAD % len(kills) + 1, kind, lasting=kind != "kill") for fault in planned]
-    [killed] = ranks.run(1, recover_with_faults, roots, second, timeout=200)
-    ranks.run(1, look_again, roots, timeout=200, fresh=True)
+    [killed] = ranks.run(1, recover_with_faults, roots, second, timeout=LONGEST)
+    ranks.run(1, look_again, roots, timeout=LONGEST, fresh=True)
     print(f"one rank: {len(planned)} kills, and then {kind} while the run was started again")
     assert len({fault.call for fault in second}) > 40
     assert killed == (len(planned) if kind == "kill" else 0)

@@ -15,10 +15,12 @@ from shardckpt.errors import AlreadyExists, StoreError
 from shardckpt.options import Options
 from shardckpt.store import LocalStore, Store
 from tests.engine.stores import files
-from tests.faults.forks import PATIENCE
+from tests.faults.forks import LONGEST, PATIENCE
 from tests.faults.saves import KEPT, NEXT, a_state, check, copies, make_root, recover
 from tests.faults.stores import FaultyStore
 from tests.store.faults import FaultyFileSystem
+
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 
 MANIFEST = "step-00000003/manifest.json"
 

@@ -18,7 +18,7 @@ from shardckpt.coordinate import Coordinator
 from shardckpt.errors import CheckpointError
 from shardckpt.manifest import step_directory
 from tests.engine.stores import checkpointer, equal, files
-from tests.faults.forks import DIED, PATIENCE, Meeting, run_worlds
+from tests.faults.forks import DIED, LONGEST, PATIENCE, Meeting, run_worlds
 from tests.faults.saves import (
     ERRORS,
     KEPT,
@@ -36,6 +36,8 @@ from tests.faults.saves import (
 )
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
+
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 
 _Value = TypeVar("_Value")
 
@@ -123,11 +125,11 @@ def test_every_error_at_every_call_of_a_save(ranks: RankPool, tmp_path: Path, wo
         for fault in faults(calls[rank], (*ERRORS, "short"), rank=rank) + faults(calls[rank], ERRORS, lasting=True, rank=rank)
     ]
     roots = open_roots(template, [tmp_path / str(number) for number in range(len(planned))])
-    outcomes = list(zip(*ranks.run(2, save_with_errors, roots, planned, timeout=200), strict=True))
+    outcomes = list(zip(*ranks.run(2, save_with_errors, roots, planned, timeout=LONGEST), strict=True))
     for fault, both in zip(planned, outcomes, strict=True):
         assert both[fault.rank].struck, fault
         require_same_error(both[fault.rank], both[1 - fault.rank], fault)
-    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=200, fresh=True)
+    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=LONGEST, fresh=True)
     failed = [both for both in outcomes if both[0].error]
     print(f"two ranks: {len(planned)} faults at {len(calls[0])} and {len(calls[1])} calls, {len(failed)} failed saves")
     assert len(planned) > 2 * sum(map(len, calls))
@@ -193,12 +195,12 @@ def test_a_kill_at_every_call_of_a_save(
     template, calls = world
     planned = faults(calls[rank], ("kill",), rank=rank)
     roots = open_roots(template, [tmp_path / str(number) for number in range(len(planned))])
-    [outcomes] = ranks.run(1, save_forked, roots, planned, (PATIENCE, PATIENCE), timeout=200)
+    [outcomes] = ranks.run(1, save_forked, roots, planned, (PATIENCE, PATIENCE), timeout=LONGEST)
     for both in outcomes:
         assert both[rank] == DIED
         # rank 0 is missed at once; who waits for another rank is killed by the launcher
         assert both[1] == DIED if rank == 1 else (both[1].error, both[1].ranks) == ("RankTimeout", (0,))
-    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=200, fresh=True)
+    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=LONGEST, fresh=True)
     print(f"two ranks: rank {rank} was killed at each of {len(planned)} calls")
 
 
@@ -211,11 +213,11 @@ def test_a_hang_at_every_call_of_a_save(
     planned = faults(calls[rank], ("hang",), rank=rank)
     roots = open_roots(template, [tmp_path / str(number) for number in range(len(planned))])
     patience = (PATIENCE, SHORT_PATIENCE) if rank == 0 else (SHORT_PATIENCE, PATIENCE)
-    [outcomes] = ranks.run(1, save_forked, roots, planned, patience, timeout=200)
+    [outcomes] = ranks.run(1, save_forked, roots, planned, patience, timeout=LONGEST)
     for fault, both in zip(planned, outcomes, strict=True):
         assert (both[1 - rank].error, both[1 - rank].ranks) == ("RankTimeout", (rank,)), (fault, both)
         assert both[rank].error in (("RankTimeout",) if rank == 1 else ("RankTimeout", "")), (fault, both)
-    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=200, fresh=True)
+    ranks.run(1, look, roots, planned, outcomes, files(template), timeout=LONGEST, fresh=True)
     print(f"two ranks: rank {rank} hung at each of {len(planned)} calls")
 
 
@@ -261,7 +263,7 @@ def test_errors_at_every_call_of_a_restore(
     ranks: RankPool, tmp_path: Path, world: tuple[Path, list[list[str]]], read_once: str
 ) -> None:
     template, _ = world
-    (calls, planned, failed), _ = ranks.run(2, restore_with_errors, template, read_once, timeout=200)
+    (calls, planned, failed), _ = ranks.run(2, restore_with_errors, template, read_once, timeout=LONGEST)
     print(f"two ranks, read_once={read_once!r}: {planned} faults at {calls} calls of a restore, {failed} failed")
     assert min(calls) > 3
     assert planned > sum(calls)
