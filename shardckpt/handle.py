@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Literal
 
+from .changes import Changes
 from .errors import CheckpointError, SavePending
 from .saving import Saved
 
@@ -23,7 +23,7 @@ class SaveHandle:
         self._error: CheckpointError | None = None
         self._seen = False
         self._stall = 0.0
-        self._changed = threading.Condition()
+        self._changed = Changes()
 
     @property
     def state(self) -> SaveState:
@@ -63,34 +63,33 @@ class SaveHandle:
 
     def _wait(self, wanted: SaveState, latest: SaveState, timeout: float | None) -> None:
         pending = ("requested",) if latest == "requested" else ("requested", "staged")
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._state not in pending, timeout):
-                raise SavePending(
-                    f"the save of step {self.step} is {self._state} and not {wanted} after {timeout:g} s; it goes on",
-                    step=self.step,
-                    state=self._state,
-                )
+        if not self._changed.wait_for(lambda: self._state not in pending, timeout):
+            raise SavePending(
+                f"the save of step {self.step} is {self._state} and not {wanted} after {timeout:g} s; it goes on",
+                step=self.step,
+                state=self._state,
+            )
 
     # ---- for the engine
 
     def _to_staged(self) -> None:
-        with self._changed:
+        with self._changed.lock:
             if self._state == "requested":
                 self._state = "staged"
             self._changed.notify_all()
 
     def _to_durable(self, saved: Saved) -> None:
-        with self._changed:
+        with self._changed.lock:
             self._state, self._saved = "durable", saved
             self._changed.notify_all()
 
     def _to_failed(self, error: CheckpointError) -> None:
-        with self._changed:
+        with self._changed.lock:
             self._state, self._error = "failed", error
             self._changed.notify_all()
 
     def _add_stall(self, seconds: float) -> None:
-        with self._changed:
+        with self._changed.lock:
             self._stall += seconds
 
     def _take_error(self) -> CheckpointError | None:
