@@ -45,8 +45,8 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_WORLD_SIZE = 1 << 20
 MAX_NESTING = 4 * DEPTH_LIMIT
 """Levels of JSON that a value may have: up to three for each of its own, and some for where it stands."""
-MAX_WORK = 1 << 28
-"""Numbers that planning may compute, over all distinct layouts; a million take about 0.1 s."""
+MAX_WORK = 1 << 30
+"""Numbers that planning may compute, over all distinct layouts, in about ten seconds. Large jobs need a hundredth of it."""
 MAX_BYTES = 1 << 62
 """Of all tensors together, so that no sum of sizes overflows."""
 MAX_HEADER = 100_000_000
@@ -72,7 +72,7 @@ class Checkpoint:
 
 _BOM = b"\xef\xbb\xbf"
 _INT64 = range(-(1 << 63), 1 << 63)
-_LAYOUT_WORK = 64
+_LAYOUT_WORK = 1024
 """What a layout costs beside what it costs for each rank, in numbers."""
 
 
