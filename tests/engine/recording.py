@@ -19,6 +19,7 @@ class Recording(Coordinator):
         decide: Callable[[list[bytes]], bytes] = lambda payloads: b"",
         *,
         timeout: float | None = None,
+        name: str | None = None,
     ) -> bytes:
         def counted() -> bytes:
             payload = produce()
@@ -26,7 +27,7 @@ class Recording(Coordinator):
                 self.log.append((label, len(payload)))
             return payload
 
-        return super().round(label, counted, decide, timeout=timeout)
+        return super().round(label, counted, decide, timeout=timeout, name=name)
 
     def __enter__(self) -> Recording:
         return self

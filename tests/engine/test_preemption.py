@@ -148,6 +148,7 @@ def test_only_the_main_thread_may_handle_signals() -> None:
 @dataclasses.dataclass
 class DoneSave:
     stall: float = 0.0
+    error: Exception | None = None
 
     def done(self) -> bool:
         return True
