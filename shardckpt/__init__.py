@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -69,11 +70,14 @@ if TYPE_CHECKING:
     from .saving import Saved
     from .state import Flat, PerRank, RNGState
 
+    cli_main: Callable[..., None]
+
 # These modules need torch, which takes seconds to import. They are imported when a name of theirs is first used, so that
-# commands that only look at files start at once.
+# commands that only look at files start at once. The command line does not need it, but stands above this module.
 _HOMES = {
     "api": ("load", "save"),
     "checkpointer": ("Checkpointer",),
+    "cli.app": ("cli_main",),
     "handle": ("SaveHandle",),
     "loading": ("RestoreInfo", "Restored"),
     "sampler": ("ElasticSampler",),
@@ -149,6 +153,7 @@ __all__ = [
     "UnsupportedLeaf",
     "UnsupportedVersion",
     "__version__",
+    "cli_main",
     "load",
     "save",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m shardckpt`` is the same program as ``shardckpt``."""
 
-from shardckpt.cli import main
+from shardckpt import cli_main
 
 if __name__ == "__main__":
-    main()
+    cli_main()

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .app import main
+from .app import cli_main
 
-__all__ = ["main"]
+__all__ = ["cli_main"]

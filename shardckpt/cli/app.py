@@ -91,6 +91,8 @@ def _options(
     """Look at, verify, repair, compare and prune checkpoints of shardckpt, and check the machines that write them."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program, with the arguments of the process unless others are given; ends with SystemExit."""
+def cli_main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program ``shardckpt``, with the arguments of the process unless others are given; ends with SystemExit, whose
+    ``code`` is the exit status: 0, or 1 when a problem or a difference was found or the command failed, or 2 for wrong usage.
+    """
     app(args=arguments, prog_name="shardckpt")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt.cli import main
 from tests.cli.run import run, run_on_terminal, run_process
 from tests.maintain.make import flip, rank_file
 from tests.style.source import ROOT
@@ -37,7 +36,7 @@ def test_status_and_streams_of_the_process(root: Path) -> None:
 def test_main_ends_with_the_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, status in ((["ls", str(root)], 0), (["ls", "/nothing"], 1), (["ls"], 2)):
         with pytest.raises(SystemExit) as end:
-            main(arguments)
+            shardckpt.cli_main(arguments)
         assert end.value.code == status
     assert "there is no checkpoint in /nothing" in capsys.readouterr().err
 
@@ -61,8 +60,8 @@ def test_bench_is_a_command() -> None:
 )
 def test_commands_that_read_no_data_start_without_torch(root: Path, arguments: list[str]) -> None:
     script = (
-        "import sys\nfrom shardckpt.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "import sys\nfrom shardckpt import cli_main\n"
+        "try:\n    cli_main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert 'torch' not in sys.modules\n"
     )
     command = [sys.executable, "-c", script, *(argument.format(root) for argument in arguments)]

@@ -9,7 +9,6 @@ import re
 import pytest
 
 import shardckpt
-from shardckpt.cli import main
 from tests.style.source import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -52,6 +51,6 @@ def test_examples_are_python_and_use_public_names() -> None:
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`shardckpt ([a-z]+)", README))))
 def test_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        shardckpt.cli_main([command, "--help"])
     assert end.value.code == 0
     assert command in capsys.readouterr().out

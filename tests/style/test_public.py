@@ -68,6 +68,7 @@ NAMES = [
     "UnsupportedLeaf",
     "UnsupportedVersion",
     "__version__",
+    "cli_main",
     "load",
     "save",
 ]
