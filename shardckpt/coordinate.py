@@ -123,8 +123,7 @@ class Coordinator:
     def _host(cls, meeting: Wire, key: str, world_size: int, timeout: float) -> Coordinator:
         coordinator = None
         try:
-            server = serve(timeout)
-            port = server.port
+            port = (server := serve(timeout)).port
             settle(meeting, key, Address(network_name(), public_host(), port, None))
             coordinator = cls(0, world_size, timeout, lambda: tcp_store("localhost", port, timeout), server)
             coordinator._introduce(timeout)
@@ -226,7 +225,7 @@ class Coordinator:
         Raises `RankTimeout` when it is not there.
         """
         if self.world_size > 1:
-            self._call(self._timeout + GRACE_SECONDS, lambda store: None)
+            self.call(self._timeout + GRACE_SECONDS, lambda store: None)
 
     def connection(self, name: str) -> Store:
         """A connection to the store that all ranks share, with keys under ``name``: for a thread that may block in it.
@@ -282,7 +281,8 @@ class Coordinator:
             finally:
                 self._inside = None
 
-    def _call(self, seconds: float, job: Callable[[Store], _T]) -> _T:
+    def call(self, seconds: float, job: Callable[[Store], _T]) -> _T:
+        """``job(store)`` on the store that the ranks share, within ``seconds``; raises `RankTimeout` when rank 0 is gone."""
         try:
             return self._wire.call(seconds, job)
         except Lost as lost:
@@ -293,12 +293,12 @@ class Coordinator:
 
     def _claim(self, number: str) -> bool:
         """Whether it is up to this rank to say how the round ends."""
-        closer = self._call(GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
+        closer = self.call(GRACE_SECONDS, lambda store: store.compare_set(f"{number}/closer", "", str(self.rank)))
         return int(closer) == self.rank
 
     def _publish(self, number: str, verdict: _Verdict) -> None:
         data = msgspec.msgpack.encode(verdict)
-        keys = self._call(self._timeout + GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
+        keys = self.call(self._timeout + GRACE_SECONDS, lambda store: put(store, f"{number}/verdict", data))
         if self.rank == 0:
             self._spent += [f"{number}/closer", *keys]
 
@@ -306,7 +306,7 @@ class Coordinator:
         """Post why this process is being stopped, for the others' sake, and wait for nobody."""
         if self.rank != 0:
             data = msgspec.msgpack.encode(entry)
-            self._call(GRACE_SECONDS, lambda store: put(store, f"{number}/{self.rank}", data))
+            self.call(GRACE_SECONDS, lambda store: put(store, f"{number}/{self.rank}", data))
         elif entry.failure is not None and self._claim(number):
             self._publish(number, _Verdict(b"", blame(entry.failure, 0)))
 
@@ -335,7 +335,7 @@ class Coordinator:
             there = {rank: key for rank, key in keys.items() if complete or store.check([key])}
             return dict(zip(there, fetch(store, list(there.values())), strict=True)) if there else {}
 
-        posted = self._call(seconds + GRACE_SECONDS, wait)
+        posted = self.call(seconds + GRACE_SECONDS, wait)
         entries = {0: own} | {rank: msgspec.msgpack.decode(data, type=_Entry) for rank, data in posted.items()}
         failures = {rank: entry.failure for rank, entry in entries.items() if entry.failure is not None}
         self._lost = set(keys) - set(posted)
@@ -343,7 +343,7 @@ class Coordinator:
             raise late_ranks(own.label, sorted(self._lost), self.hosts, seconds, failures)
         # Whoever posted to this round has read the verdict of the last one.
         spent, self._spent = self._spent, []
-        self._call(seconds + GRACE_SECONDS, lambda store: delete_all(store, spent))
+        self.call(seconds + GRACE_SECONDS, lambda store: delete_all(store, spent))
         require_same({rank: entry.label for rank, entry in entries.items()})
         if failures:
             raise rebuild(first_failure(failures))
@@ -359,7 +359,7 @@ class Coordinator:
             delete_all(store, spent)
             return keys, wait_for(store, [f"{number}/verdict"], deadline - time.monotonic())
 
-        keys, decided = self._call(seconds + GRACE_SECONDS, post)
+        keys, decided = self.call(seconds + GRACE_SECONDS, post)
         if decided:
             self._spent = keys
         elif self._claim(number):
@@ -374,7 +374,7 @@ class Coordinator:
             key = f"{number}/verdict"
             return fetch(store, [key])[0] if wait_for(store, [key], seconds) else None
 
-        data = self._call(seconds + GRACE_SECONDS, take)
+        data = self.call(seconds + GRACE_SECONDS, take)
         if data is None:
             message = (
                 f"{label!r}: {name_ranks([0], self.hosts)} came, but decided nothing within {seconds:g} s; it may still do so"

@@ -43,7 +43,7 @@ class KeyServer:
         self._values: dict[str, bytes] = {}
         self._waiting: dict[str, list[_Waiter]] = {}
         self._handlers: set[asyncio.Task[None]] = set()
-        self._socket = _listen()
+        self._socket = listen()
         self.port: int = self._socket.getsockname()[1]
         """Where it listens, on all interfaces."""
         self._loop = asyncio.new_event_loop()
@@ -228,7 +228,8 @@ class KeyClient:
         return bytes(data)
 
 
-def _listen() -> socket.socket:
+def listen() -> socket.socket:
+    """A socket that listens on a free port of all interfaces. Raises `OSError` when there is none."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
     return socket.create_server(("", 0), backlog=_BACKLOG)

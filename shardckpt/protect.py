@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protect a committed checkpoint: write parities of its rank files, then a record of them that appears whole or not at all.
 
-Each rank reads a part of the files of its group back from storage, verifies it, and writes its XOR. The checkpoint is complete
-and durable before, whatever becomes of this.
+Each rank takes a part of the files of its group, from the memory of those who wrote them or else from storage, verifies it, and
+writes its XOR. The checkpoint is complete and durable before, whatever becomes of this.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import msgspec
 from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .errors import CheckpointError, StoreError
+from .feed import Source
 from .finish import is_surely_uncommitted, remove_quietly
 from .manifest import FileRecord
+from .neighbors import Neighbors
 from .parity.layout import cut_parity, group_ranks, parity_file_name, parity_record_name
 from .parity.record import build_parity, member_body
 from .parity.xor import Others, write_slice
@@ -53,16 +55,25 @@ class _Slice(msgspec.Struct):
     digests: bytes
 
 
-def protect(coordinator: Coordinator, store: Store, committed: Committed, group_size: int, *, workers: int) -> None:
+def protect(
+    coordinator: Coordinator,
+    store: Store,
+    committed: Committed,
+    group_size: int,
+    *,
+    workers: int,
+    source: Source | None = None,
+) -> None:
     """Write the parity of groups of at most ``group_size`` ranks. Collective; takes at most 64 MiB of memory.
 
+    ``source`` is what this rank has written, if it is still there and stays as it is: then storage is not read for it.
     When it fails, all ranks log why, and remove what they have written.
     """
     groups = group_ranks(coordinator.hosts, group_size)
     written: list[str] = []
 
     def write() -> bytes:
-        found = _write(coordinator.rank, store, committed, groups, workers, written)
+        found = _write(coordinator.rank, store, committed, groups, workers, written, neighbors)
         return _PACK.encode(found)
 
     def commit(payloads: list[bytes]) -> bytes:
@@ -71,7 +82,8 @@ def protect(coordinator: Coordinator, store: Store, committed: Committed, group_
         return b""
 
     try:
-        coordinator.round("save: parity", write, commit, name=_round_name(committed.attempt))
+        with Neighbors(coordinator, committed.attempt, source) as neighbors:
+            coordinator.round("save: parity", write, commit, name=_round_name(committed.attempt))
     except Exception as error:
         if is_surely_uncommitted(error):
             for name in written:
@@ -96,7 +108,13 @@ def _round_name(attempt: str) -> str:
 
 
 def _write(
-    rank: int, store: Store, committed: Committed, groups: Sequence[Sequence[int]], workers: int, written: list[str]
+    rank: int,
+    store: Store,
+    committed: Committed,
+    groups: Sequence[Sequence[int]],
+    workers: int,
+    written: list[str],
+    neighbors: Neighbors,
 ) -> _Slice:
     """Write this rank's slice of its group's parity; its name goes into ``written`` when it is durable."""
     data = read_manifest_bytes(store, committed.prefix, committed.digest)
@@ -109,7 +127,8 @@ def _write(
     start, stop = cuts[at]
     name = f"{committed.prefix}{parity_file_name(number, at, committed.attempt)}"
     bodies = [member_body(committed.prefix, file) for file in members]
-    with Others(store, bodies, manifest.block_size) as others, store.create(name, stop - start) as writer:
+    images = neighbors.images(dict(zip(group, (body.name for body in bodies), strict=True)))
+    with Others(store, bodies, manifest.block_size, images) as others, store.create(name, stop - start) as writer:
         digests = write_slice(writer, start, others, manifest.block_size, workers)
     written.append(name)
     return _Slice(stop - start, digests)

@@ -71,6 +71,7 @@ class ThreadCarrier(Carrier):
         self._coordinator = coordinator.channel("background")
         self._store = store
         self._workers = workers
+        self._image: Feed | None = None
 
     def notice(self) -> bytes:
         return b""
@@ -83,13 +84,16 @@ class ThreadCarrier(Carrier):
         return make_feed(self.memory, nbytes, chunk, tell)
 
     def carry(self, job: Job, source: Source, notice: bytes, timings: Timings) -> str:
+        # a ring holds the end of the file only, and the state itself may change when the save is durable
+        self._image = source if isinstance(source, Feed) and not source.is_ring else None
         return finish_save(job, source, self._store, self._coordinator, workers=self._workers, timings=timings)
 
     def protect(self, job: Job, digest: str) -> None:
         if self._parity is not None:
             committed = Committed(job.prefix, job.attempt, digest)
-            protect(self._coordinator, self._store, committed, self._parity, workers=self._workers)
+            protect(self._coordinator, self._store, committed, self._parity, workers=self._workers, source=self._image)
 
     def close(self) -> None:
+        self._image = None
         self.memory.close()
         self._coordinator.close()

@@ -90,7 +90,8 @@ class Worker:
                 self._line.send(Done(digest, timings.snapshot()))
                 if setup.parity is not None:
                     committed = Committed(begin.job.prefix, begin.job.attempt, digest)
-                    protect(coordinator, self._store, committed, setup.parity, workers=setup.workers)
+                    source = None if feed.is_ring else feed
+                    protect(coordinator, self._store, committed, setup.parity, workers=setup.workers, source=source)
                     self._line.send(Protected())
             except BaseException as error:
                 self._line.send(Broken(describe(error), timings.snapshot()))

@@ -8,8 +8,9 @@ and at each place the XOR of all of them is zero. So any one of them, parity too
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -44,10 +45,21 @@ class Body:
         return self.start + self.size - self.offset
 
 
+class Image(Protocol):
+    """Memory that still holds what a body has in storage."""
+
+    def read(self, start: int, stop: int, into: memoryview) -> bool:
+        """Fill ``into`` with the body's bytes ``[start, stop)``; False when they are not to be had."""
+
+
 class Others:
     """The bodies that make up the XOR, opened when they are first needed. Any thread may use it, each with its own memory."""
 
-    def __init__(self, store: Store, bodies: Sequence[Body], block_size: int) -> None:
+    def __init__(
+        self, store: Store, bodies: Sequence[Body], block_size: int, images: Mapping[str, Image] | None = None
+    ) -> None:
+        """Bodies of which there are ``images``, by name, are only read from storage when these do not give what was written."""
+        self._images = images or {}
         self._store = store
         self._bodies = bodies
         self._block_size = block_size
@@ -74,9 +86,13 @@ class Others:
                 np.bitwise_xor(target, np.frombuffer(part, dtype=np.uint8), out=target)
 
     def _read(self, body: Body, low: int, high: int, part: memoryview) -> None:
-        at = body.offset + low - body.start
+        low, high = low - body.start, high - body.start
+        wanted = digests_between(body.digests, low, high, self._block_size)
+        image = self._images.get(body.name)
+        if image is not None and image.read(low, high, part) and not damaged_blocks(part, self._block_size, wanted):
+            return
+        at = body.offset + low
         self._open(body).read_at(at, [part])
-        wanted = digests_between(body.digests, low - body.start, high - body.start, self._block_size)
         damaged = damaged_blocks(part, self._block_size, wanted)
         if damaged:
             start = at + damaged[0] * self._block_size

@@ -7,10 +7,12 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import shardckpt
+from shardckpt.buffer import CHUNK
 from shardckpt.checksum import block_digests
 from shardckpt.errors import ChecksumMismatch
 from shardckpt.parity.xor import Body, Others, write_slice
@@ -23,6 +25,8 @@ from tests.store.helpers import load_file, some_bytes, store_file
 BLOCK = 1 << 16
 MIB = 1 << 20
 """Bytes."""
+ELEMENTS = 6 * MIB
+"""Of each rank's tensor of four bytes each."""
 
 
 def bodies_of(store: LocalStore | MemoryStore, sizes: Sequence[int], block: int = BLOCK) -> list[Body]:
@@ -104,7 +108,7 @@ class Counting(FaultyFileSystem):
         return got
 
 
-def save_and_count(root: str) -> tuple[int, int]:
+def save_and_count(root: str, kind: str) -> tuple[int, int]:
     """Bytes that this rank reads back for the parity of a save, and the length of the manifest, which it reads too."""
     fs = Counting()
 
@@ -113,18 +117,27 @@ def save_and_count(root: str) -> tuple[int, int]:
         def _open_store(url: object) -> LocalStore:
             return LocalStore(root, fs)
 
-    state = {"own": shardckpt.PerRank(torch.full((4 * BLOCK,), float(dist.get_rank())))}
-    with Injected(root, options=shardckpt.Options(parity="xor:4")) as ckpt:
-        ckpt.save(1, state, wait=True)
+    limit = {"ring": 4 * CHUNK * dist.get_world_size()}
+    options = shardckpt.Options(parity="xor:4", stage="none" if kind == "none" else "eager", host_memory_limit=limit.get(kind))
+    state = {"own": shardckpt.PerRank(torch.full((ELEMENTS,), float(dist.get_rank())))}
+    with Injected(root, options=options) as ckpt:
+        ckpt.save(1, state, wait=kind == "wait")
+        ckpt.wait()
     return fs.read, Path(root, "step-00000001", "manifest.json").stat().st_size
 
 
-def test_each_rank_reads_as_much_as_one_file_and_writes_a_quarter_of_it(ranks: RankPool, tmp_path: Path) -> None:
-    found = ranks.run(4, save_and_count, str(tmp_path), timeout=120.0)
+@pytest.mark.parametrize(("kind", "reads_data"), [("wait", False), ("eager", False), ("ring", True), ("none", True)])
+def test_each_rank_takes_as_much_as_one_file_and_writes_a_quarter_of_it(
+    ranks: RankPool, tmp_path: Path, kind: str, reads_data: bool
+) -> None:
+    """Storage is read only where the data is not in memory any more."""
+    found = ranks.run(4, save_and_count, str(tmp_path), kind, timeout=200.0)
     path = tmp_path / "step-00000001"
     data = opened(path).checkpoint.manifest.files[0]
     length = data.size - data.data
+    assert length == 4 * ELEMENTS
     assert [file.size for file in parity_of(path).files] == [length // 4] * 4
     for rank, (read, manifest) in enumerate(found):
+        least = length if reads_data else 0
         manifests = 2 if rank == 0 else 1
-        assert length <= read <= length + manifests * manifest + (65536 if rank == 0 else 0)
+        assert least <= read <= least + manifests * manifest + (65536 if rank == 0 else 0)
