@@ -12,29 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 from .api import check_metadata, check_step, check_verify
 from .appointment import Peers
 from .background.background import Background, UnderWay
-from .background.carrier import Carrier, ThreadCarrier
-from .background.process import ProcessCarrier
+from .background.carriers import make_carrier
 from .coordinate import Coordinator
 from .device_staging import DeviceStaging
+from .environment import default_root, default_signals, run_name, start_logger
 from .errors import (
     BackgroundDied,
     CheckpointerClosed,
     CheckpointError,
-    ConfigError,
     NotACheckpointRoot,
     SaveDropped,
     StoreError,
+    Superseded,
 )
 from .events import Event, Sink
+from .fencing import Fence, Fencing
 from .gpu import require_cuda
 from .guard import STEP_GUARD
 from .handle import SaveHandle
-from .hostmemory import HostMemory
 from .journal import Journal
 from .loading import Restored
 from .manifest import step_directory
@@ -46,8 +46,7 @@ from .readback import Verify
 from .restoring import Restoring
 from .root import Root
 from .saving import Saver
-from .store import Store, open_store
-from .store.memory import MemoryStore
+from .store import open_store
 from .targets import Selection
 
 logger = logging.getLogger("shardckpt")
@@ -82,10 +81,14 @@ class Checkpointer:
     """Threads that copy what is staged lazily. Tests have none: nothing is copied then before a step waits for it."""
     _open_store = staticmethod(open_store)
     """Where the root lies. Tests have stores that fail, and stores that wait."""
+    _run_name = staticmethod(run_name)
+    """Of which run this is a start. Tests have names, without an environment."""
+    _fences: ClassVar[dict[tuple[str, str], Fence]] = {}
+    """What this process has put into roots to keep earlier starts from saving there."""
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
@@ -96,7 +99,8 @@ class Checkpointer:
         on_event: Callable[[Event], object] | None = None,
         options: Options | None = None,
     ) -> None:
-        """Open ``root`` (a path, or a URL such as ``s3://bucket/run``), which is made at the first save.
+        """Open ``root`` (a path, or a URL such as ``s3://bucket/run``), which is made at the first save; by default the
+        one in the environment variable ``SHARDCKPT_ROOT``.
 
         After each commit all steps but the ``keep_last`` newest go, and those that are multiples of ``keep_every`` stay. With
         ``keep_last`` also what saves have left behind that were killed, see `Options.grace`.
@@ -112,12 +116,13 @@ class Checkpointer:
             every_steps=every_steps, every_seconds=every_seconds, continuous=continuous, max_overhead=max_overhead
         )
         self._sink = Sink(on_event)
-        self._store = self._open_store(root)
+        self._store = self._open_store(default_root() if root is None else root)
         self._root = Root(self._store)
         self._pruner = RunPruner(self._store, self._retention, self._options.grace)
         self._coordinator = Coordinator.connect(timeout=self._options.timeout)
         self._saver = Saver(self._coordinator, self._store, self._options)
-        carrier = _make_carrier(self._coordinator, self._store, self._options)
+        self._fencing = Fencing(self._coordinator, self._store, self._run_name(), self._fences)
+        carrier = make_carrier(self._coordinator, self._store, self._options)
         local_ranks = self._coordinator.local_ranks
         self._background = Background(
             self._saver,
@@ -171,7 +176,8 @@ class Checkpointer:
         return self._policy.should_save(step)
 
     def on_signal(self, *signals: int, exit_status: int | None = None, leave: bool = True) -> None:
-        """When one of ``signals`` comes to any rank: save once more on all of them, and leave.
+        """When one of ``signals`` comes to any rank: save once more on all of them, and leave. Without any, the environment
+        variable ``SHARDCKPT_SIGNAL`` names them.
 
         All ranks agree on a step; in it `should_save` is true, `save` blocks until the checkpoint is durable, and then it
         raises `SystemExit` on every rank with ``exit_status``, by default 128 + the signal's number. When that save fails,
@@ -183,7 +189,7 @@ class Checkpointer:
         data loaders are in these groups; those that are forked after this call live on until their parent ends them.
         """
         self._require_open()
-        self._policy.on_signal(signals, exit_status, leave)
+        self._policy.on_signal(signals or default_signals(), exit_status, leave)
 
     @_one_at_a_time
     def save(
@@ -242,11 +248,13 @@ class Checkpointer:
         self._background.wait()
         self._surface()
         selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
+        self._saver.fence = self._fencing.ensure()
         restoring = Restoring(self._coordinator, self._store, self._options, self._sink, self._reading)
         restored = restoring.run(state, selection, step, fallback=fallback)
         if restored is not None and keys is None:
             # what they may have damaged is replaced
             self._saver.memory_errors.start_anew()
+        self._tell_start(restored)
         return restored
 
     def wait(self) -> None:
@@ -290,6 +298,7 @@ class Checkpointer:
         self, progress: Progress, state: Mapping[str, Any], metadata: Mapping[str, Any], wait: bool, verify: Verify | None
     ) -> None:
         self._latest = progress.handle
+        self._saver.fence = self._fencing.ensure()
         prefix = f"{step_directory(progress.handle.step)}/"
         if wait:
             prepared = self._saver.prepare(prefix, progress.handle.step, state, metadata, progress.timings, verify=verify)
@@ -343,10 +352,18 @@ class Checkpointer:
         except Exception as error:
             logger.warning("could not prune %s after step %d was saved: %s", self.url, newest, error)
 
+    def _tell_start(self, restored: Restored | None) -> None:
+        if restored is not None:
+            self._fencing.resumed(restored.step)
+        if self._coordinator.rank == 0:
+            before = f"step {restored.step}, saved by {restored.info.world_size}" if restored else "nothing"
+            start_logger().info("%s: resumes from %s, goes on with %d ranks", self.url, before, self._coordinator.world_size)
+
     def _surface(self) -> None:
         """Raise the error of the last save, if it was not seen yet and is to end training."""
         error = self._latest._take_error() if self._latest is not None and self._latest.done() else None
-        if error is not None and self._options.on_error == "raise" and not isinstance(error, SaveDropped):
+        ends = self._options.on_error == "raise" or isinstance(error, Superseded)
+        if error is not None and ends and not isinstance(error, SaveDropped):
             raise error
 
     def _require_open(self) -> None:
@@ -364,21 +381,6 @@ class Checkpointer:
             # logged already; it must not hide the error that ends the block
             if error is None:
                 raise
-
-
-def _make_carrier(coordinator: Coordinator, store: Store, options: Options) -> Carrier:
-    limit, sharers = options.host_memory_limit, coordinator.local_ranks
-    share = None if limit is None else limit // sharers
-    parity = options.parity_group(coordinator.world_size)
-    if options.background == "thread":
-        memory = HostMemory(limit=share, sharers=sharers)
-        return ThreadCarrier(coordinator, store, memory, workers=options.workers, parity=parity)
-    if isinstance(store, MemoryStore):
-        raise ConfigError(
-            f"{store.url} lies in the memory of this process, where a background process cannot write: take background='thread'"
-        )
-    memory = HostMemory(limit=share, sharers=sharers, shared=True)
-    return ProcessCarrier(coordinator, store, memory, timeout=options.timeout, workers=options.workers, parity=parity)
 
 
 _OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

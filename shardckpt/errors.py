@@ -27,6 +27,7 @@
     |-- CheckpointNotFound          nothing committed at this place
     |   `-- CheckpointRemoved       what was committed there was removed while it was read
     |-- AlreadyCommitted            this step is already committed by another save
+    |-- Superseded                  a newer start of the run has begun: this process was left behind, and cannot save any more
     |-- SavePending                 a save is not durable within the time that ``result`` was given (also a TimeoutError)
     |-- SaveDropped                 a save was skipped, or replaced by a newer one, as ``when_busy`` says
     |-- BackgroundDied              the process that finishes saves in the background is gone
@@ -166,6 +167,10 @@ class CheckpointRemoved(CheckpointNotFound):
 
 class AlreadyCommitted(CheckpointError):
     """The step is already committed by another save; nothing was changed."""
+
+
+class Superseded(CheckpointError):
+    """A newer start of the run has begun: this process was left behind, and cannot save any more."""
 
 
 class SavePending(CheckpointError, TimeoutError):

@@ -13,9 +13,10 @@ import msgspec
 
 from .commit import build_manifest, check_visible, publish
 from .coordinate import Coordinator
-from .errors import CheckpointError, RankTimeout, StoreError
+from .errors import AlreadyCommitted, CheckpointError, RankTimeout, StoreError
 from .events import Phase, Timings
 from .feed import Samples, Source
+from .fencing import Fence, clear_outdated, require_current
 from .manifest import Manifest, MetricsRecord, manifest_digest, rank_file_name
 from .metrics import encode_columns
 from .readback import Verify, read_back
@@ -44,6 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """On rank 0: the manifest, without what is known only when the files are written."""
     verify: Verify | None = None
     """What to look at before this rank says that its file is durable."""
+    fence: Fence | None = None
+    """On rank 0: keeps the save from being committed when a newer start of the run has begun."""
 
 
 class _Written(msgspec.Struct):
@@ -102,8 +105,22 @@ def _commit(job: Job, store: Store, receipts: list[Receipt], metrics: MetricsRec
     check_visible(store, job.prefix, receipts)
     assert job.draft is not None
     data = build_manifest(job.draft, receipts, metrics)
-    publish(store, job.prefix, data, job.attempt)
+    if job.fence is None:
+        publish(store, job.prefix, data, job.attempt)
+    else:
+        _publish_fenced(job, job.fence, store, data)
     return manifest_digest(data)
+
+
+def _publish_fenced(job: Job, fence: Fence, store: Store, data: bytes) -> None:
+    require_current(store, fence, job.step, published=False)
+    try:
+        publish(store, job.prefix, data, job.attempt)
+    except AlreadyCommitted:
+        if not clear_outdated(store, fence, job.step):
+            raise
+        publish(store, job.prefix, data, job.attempt)
+    require_current(store, fence, job.step, published=True)
 
 
 def is_surely_uncommitted(error: BaseException) -> bool:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from .environment import TIMEOUT_SECONDS, default_timeout
 from .errors import ConfigError
 
 GRACE_SECONDS = 86400.0
@@ -27,8 +28,9 @@ _CHOICES = {
 class Options:
     """How saves and loads are carried out. The defaults suit a local or parallel file system."""
 
-    timeout: float = 600.0
-    """Seconds that a rank waits for the others in one step of a save or load before it raises `RankTimeout`."""
+    timeout: float = field(default_factory=default_timeout)
+    """Seconds that a rank waits for the others in one step of a save or load before it raises `RankTimeout`; 600, unless the
+    environment variable ``SHARDCKPT_TIMEOUT`` says otherwise."""
     workers: int = 3
     """Threads per rank that stage, hash, write, read and verify; each has one buffer of 4 to 16 MiB."""
     read_once: Literal["auto", "always", "never"] = "auto"
@@ -77,7 +79,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < 1e7:
-            raise ConfigError(f"timeout={self.timeout!r} is not a number of seconds above 0; the default is 600")
+            raise ConfigError(
+                f"timeout={self.timeout!r} is not a number of seconds above 0; the default is {TIMEOUT_SECONDS:g}"
+            )
         if type(self.workers) is not int or not 1 <= self.workers <= 4:
             raise ConfigError(
                 f"workers={self.workers!r} is not an int from 1 to 4: each thread has a buffer of up to 16 MiB, and "

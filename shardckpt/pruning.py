@@ -102,7 +102,7 @@ class Pruner:
         plan: list[Removal] = []
         for files in found.steps:
             if files.step in expired:
-                plan.append(self._plan_step(files))
+                plan.append(self.plan_step(files))
             if files.step not in protected:
                 plan += self._plan_rest(files, plan[-1:] if files.step in expired else [], oldest, alive)
         strays = tuple(entry for entry in found.strays if entry.modified < oldest)
@@ -115,8 +115,8 @@ class Pruner:
         )
         return plan
 
-    def _plan_step(self, files: StepFiles) -> Removal:
-        """Remove a committed step. Of the files only those of its own attempt go with it: others may be of a save."""
+    def plan_step(self, files: StepFiles) -> Removal:
+        """The removal of a committed step. Of the files only those of its own attempt go with it: others may be of a save."""
         assert files.manifest is not None
         by_attempt = files.by_attempt()
         attempt = None

@@ -20,6 +20,7 @@ from .errors import MissingFile
 from .events import Timings
 from .exchange import Exchanged, Statement, exchange
 from .feed import Samples, chunk_size
+from .fencing import Fence, clear_outdated
 from .finish import Job, finish_save
 from .gpu import MemoryErrorGuard
 from .header import safetensors_header
@@ -97,11 +98,12 @@ class Prepared:
         require_sound: Callable[[], None],
         begun: float,
         verify: Verify | None,
+        fence: Fence | None,
     ) -> None:
         self.begun = begun
         """When save was called (`perf_counter`)."""
-        self.attempt = exchanged.nonce
-        """Random hex id, the same on all ranks."""
+        self.attempt = exchanged.nonce if fence is None else f"{fence.stamp}{exchanged.nonce}"
+        """Hex id, the same on all ranks; random, but for the stamp of the fence."""
         self.notice = exchanged.notice
         """What rank 0 had to say to all."""
         self.plan = plan
@@ -109,9 +111,10 @@ class Prepared:
         """What goes into this rank's file."""
         self._require_sound = require_sound
         self._verify = verify
+        self._fence = fence
         self._prefix = prefix
         self._rank = rank
-        self._contents = _contents(exchanged)
+        self._contents = _contents(exchanged, self.attempt)
 
     def make_job(self) -> Job:
         """What is left to do, apart from the bytes of tensors. Takes a while on rank 0, and no part of the state."""
@@ -123,6 +126,7 @@ class Prepared:
             block_size=self.plan.plan.block_size,
             draft=self.plan.draft(self._contents) if self._rank == 0 else None,
             verify=self._verify,
+            fence=self._fence,
         )
 
     def sample(self, select: Callable[[str], bool] = lambda name: True) -> Samples:
@@ -165,6 +169,8 @@ class Saver:
         self._options = options
         self.parity_group = options.parity_group(coordinator.world_size)
         """How many ranks share a parity at most; None without parity."""
+        self.fence: Fence | None = None
+        """What keeps saves from being committed when a newer start of the run has begun."""
         self.memory_errors = memory_errors or MemoryErrorGuard()
         """Watches the GPUs that states lie on."""
         self._plan: RankPlan | None = None
@@ -222,7 +228,7 @@ class Saver:
 
         def make_statement() -> Statement:
             if self._coordinator.rank == 0:
-                _require_uncommitted(self._store, prefix)
+                _require_uncommitted(self._store, prefix, step, self.fence)
                 if self._plan is None:
                     # once: whether this is the right directory
                     Root(self._store).require_place(prefix)
@@ -239,7 +245,7 @@ class Saver:
         timings.add("exchange", perf_counter() - begun - timings.seconds["capture"])
         with timings.measure("plan"):
             plan = self._plan_for(exchanged)
-        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun, verify)
+        return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun, verify, self.fence)
 
     def _plan_for(self, exchanged: Exchanged) -> RankPlan:
         """The plan, which is the one of the last save if nothing has changed since."""
@@ -250,10 +256,12 @@ class Saver:
         return self._plan
 
 
-def _require_uncommitted(store: Store, prefix: str) -> None:
+def _require_uncommitted(store: Store, prefix: str, step: int, fence: Fence | None) -> None:
     try:
         store.open(f"{prefix}{MANIFEST_NAME}").close()
     except MissingFile:
+        return
+    if fence is not None and clear_outdated(store, fence, step):
         return
     raise already_committed(store, prefix)
 
@@ -276,11 +284,11 @@ def _encode_values(captured: Captured) -> dict[str, Any]:
     return values | {f"container:{name}": encode_value(c, name) for name, c in captured.containers.items()}
 
 
-def _contents(exchanged: Exchanged) -> Contents:
+def _contents(exchanged: Exchanged, attempt: str) -> Contents:
     values = exchanged.values
     return Contents(
         step=values["save:step"],
-        attempt=exchanged.nonce,
+        attempt=attempt,
         objects={name[7:]: value for name, value in values.items() if name.startswith("object:")},
         containers={name[10:]: value for name, value in values.items() if name.startswith("container:")},
         metadata=values["save:metadata"],

@@ -21,6 +21,7 @@ from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout
 from shardckpt.events import Timings
 from shardckpt.failure import rebuild
 from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
+from shardckpt.fencing import require_current
 from shardckpt.finish import Job
 from shardckpt.hostmemory import HostMemory
 from shardckpt.protect import give_up
@@ -167,6 +168,8 @@ def settle(store: Store, job: Job, error: CheckpointError) -> str:
     digest = find_committed(store, job.prefix, job.attempt) if is_left_open else None
     if digest is None:
         raise error
+    if job.fence is not None:
+        require_current(store, job.fence, job.step, published=True)
     return digest
 
 

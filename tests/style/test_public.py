@@ -61,6 +61,7 @@ NAMES = [
     "StateError",
     "StorageFull",
     "StoreError",
+    "Superseded",
     "TableMismatch",
     "TargetMismatch",
     "TensorBoardEvents",
