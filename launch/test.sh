@@ -8,6 +8,7 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install_into_venv test
+install_deepspeed
 
 cd "$ROOT"
 PATH="$VENV/bin:$PATH"

@@ -51,3 +51,25 @@ install_into_venv() {
         printf '%s\n' "$wanted" >"$stamp"
     fi
 }
+
+# What DeepSpeed needs to run; its own setup would pull them in unpinned, and needs torch and these to be built.
+DEEPSPEED_NEEDS=(setuptools wheel einops hjson msgpack ninja numpy packaging psutil py-cpuinfo pydantic tqdm)
+
+# install_deepspeed: .venv holds DeepSpeed afterwards, without compiled ops, or a line says that its tests will be skipped.
+# Its setup imports torch, so it is built after torch is there and in no environment of its own.
+install_deepspeed() {
+    local stamp="$VENV/installed-deepspeed" log="$VENV/install-deepspeed.log" wanted
+    wanted="$(cksum <"$ROOT/launch/constraints.txt") ${DEEPSPEED_NEEDS[*]}"
+    if [[ "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then return; fi
+    if (
+        set -e
+        run_logged "Installing what DeepSpeed needs into .venv" "$log" "$VENV/bin/python" -m pip install \
+            --constraint "$ROOT/launch/constraints.txt" "${DEEPSPEED_NEEDS[@]}"
+        run_logged "Building DeepSpeed into .venv" "$log" env DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$VENV/bin/python" -m pip install \
+            --no-build-isolation --no-deps --constraint "$ROOT/launch/constraints.txt" deepspeed
+    ); then
+        printf '%s\n' "$wanted" >"$stamp"
+    else
+        printf 'DeepSpeed cannot be installed here: the log above says why. Its tests are skipped.\n' >&2
+    fi
+}
