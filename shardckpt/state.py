@@ -12,6 +12,7 @@ from .adapters.module import ModuleAdapter
 from .adapters.names import ParameterNames
 from .adapters.opening import Opening
 from .adapters.optimizer import OptimizerAdapter
+from .adapters.partitioned import PartitionedModelAdapter, PartitionedOptimizerAdapter, ReceivedAdapter
 from .adapters.rng import RNGAdapter, RNGState
 from .adapters.saving import Captured, Saving
 from .adapters.stateful import StatefulAdapter
@@ -25,6 +26,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     ModuleAdapter(),
     ZeroAdapter(),
     OptimizerAdapter(),
+    PartitionedModelAdapter(),
+    PartitionedOptimizerAdapter(),
+    ReceivedAdapter(),
     RNGAdapter(),
     StatefulAdapter(),
 )
@@ -37,7 +41,7 @@ def capture(state: Mapping[str, Any], here: Whereabouts | None = None) -> Captur
     Raises UnsupportedLeaf for what is not stored, DuplicateName for equal names, StateError for the rest; each names the
     path in the state.
     """
-    _check_root(state)
+    check_root(state)
     saving = Saving(ADAPTERS, ParameterNames(state), here or Whereabouts.here())
     for key, value in state.items():
         if not _is_empty(value):
@@ -107,13 +111,14 @@ def open_target(
     Names for which ``select`` is false are neither wanted nor missing nor unexpected.
     Raises TargetMismatch when kinds of leaves or param groups do not fit.
     """
-    _check_root(state)
+    check_root(state)
     opening = Opening(ADAPTERS, ParameterNames(state), here or Whereabouts.here(), stored, select)
     finish = opening.open_root(state)
     return Target(state, opening, finish)
 
 
-def _check_root(state: object) -> None:
+def check_root(state: object) -> None:
+    """Raise StateError for what is no state at all."""
     if not isinstance(state, Mapping) or not all(type(key) is str for key in state):
         kind = type(state).__name__
         raise StateError(

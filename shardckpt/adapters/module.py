@@ -29,7 +29,7 @@ class ModuleAdapter(Adapter):
     def takes(self, value: object) -> bool:
         return isinstance(value, nn.Module)
 
-    def expand(self, value: nn.Module, path: str, saving: Saving) -> Any:
+    def expand(self, value: Any, path: str, saving: Saving) -> Any:
         owners = broadcast_owners(value)
         tree: dict[str, Any] = {}
         for name, _, leaf in entries(value, path, saving.here):
@@ -37,11 +37,27 @@ class ModuleAdapter(Adapter):
                 tree[name] = leaf
         return tree or Nothing
 
-    def open(self, value: nn.Module, path: str, opening: Opening, *, per_rank: bool) -> Finish:
-        live = _live_storages(value)
+    def module(self, value: Any) -> nn.Module:
+        """The module that ``value`` is or has."""
+        module: nn.Module = value
+        return module
+
+    def entries(self, value: Any, path: str, here: Whereabouts) -> Iterator[tuple[str, str, Any]]:
+        """(plain name, name in state_dict, leaf) of all that is loaded into ``value``."""
+        return entries(value, path, here)
+
+    def is_wanted(self, value: Any, name: str, path: str, opening: Opening) -> bool:
+        """Whether ``name`` is to be loaded, and missing if it is not stored."""
+        return True
+
+    def open(self, value: Any, path: str, opening: Opening, *, per_rank: bool) -> Finish:
+        module = self.module(value)
+        live = _live_storages(module)
         handed: dict[str, Finish] = {}
-        for name, raw, leaf in entries(value, path, opening.here):
+        for name, raw, leaf in self.entries(value, path, opening.here):
             at = below(path, name)
+            if not self.is_wanted(value, name, path, opening):
+                continue
             if is_extra_state(name) or not isinstance(leaf, torch.Tensor | Placed):
                 finish = opening.adopt(at, leaf, opening.allocate_host, per_rank=per_rank)
                 if finish is not None:
@@ -51,9 +67,9 @@ class ModuleAdapter(Adapter):
             elif opening.tensor(at, leaf, per_rank=per_rank) and not _is_live(leaf, live):
                 handed[raw] = _constant(leaf)
 
-        def put_back() -> nn.Module:
+        def put_back() -> Any:
             if handed:
-                _hand_over(unwrap(value), {raw: finish() for raw, finish in handed.items()})
+                _hand_over(unwrap(module), {raw: finish() for raw, finish in handed.items()})
             return value
 
         return put_back

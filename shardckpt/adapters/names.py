@@ -14,15 +14,16 @@ from torch import nn
 from ..errors import DuplicateName, StateError
 from .base import PerRank
 from .fsdp1 import parameter_slots
+from .owners import SlotOwner
 from .wrappers import NameCleaner, Slot, is_fsdp1, reshard, strip_wrappers, unwrap
 
 
-def find(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
-    """All modules and tensors in the containers of a state, with readable paths."""
+def find(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module | torch.Tensor | SlotOwner]]:
+    """All modules, tensors and owners of slots in the containers of a state, with readable paths."""
     seen = set() if seen is None else seen
     if isinstance(value, PerRank):
         value = value.value
-    if isinstance(value, nn.Module | torch.Tensor):
+    if isinstance(value, nn.Module | torch.Tensor | SlotOwner):
         yield path, value
     elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
         seen.add(id(value))
@@ -41,6 +42,9 @@ class ParameterNames:
             self._alive.append(owner)
             if isinstance(owner, nn.Module):
                 for param, slots in _module_slots(owner):
+                    self._offer(param, path, slots)
+            elif isinstance(owner, SlotOwner):
+                for param, slots in owner.parameter_slots():
                     self._offer(param, path, slots)
         for path, owner in find(state, ""):
             if isinstance(owner, torch.Tensor) and id(owner) not in self._slots:

@@ -61,6 +61,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("outside formats and upkeep", {"interop", "maintain"}),
     ("pipeline", {"targets", "saving", "handle", "progress", "background", "loading", "restoring", "api"}),
     ("policy", {"pacing", "preemption", "policy", "checkpointer"}),
+    ("other trainers", {"integrations"}),
     ("entry points", {"engines", "resuming"}),
     ("the package", {""}),
     ("measurement", {"bench", "doctor"}),
