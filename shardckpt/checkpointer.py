@@ -26,6 +26,7 @@ from .errors import (
     CheckpointerClosed,
     CheckpointError,
     NotACheckpointRoot,
+    NotShared,
     SaveDropped,
     StoreError,
     Superseded,
@@ -286,7 +287,8 @@ class Checkpointer:
         try:
             self._start(progress, state, metadata, wait, verify)
         except CheckpointError as error:
-            is_tolerable = isinstance(error, StoreError | BackgroundDied) and not isinstance(error, NotACheckpointRoot)
+            is_lasting = isinstance(error, NotACheckpointRoot | NotShared)
+            is_tolerable = isinstance(error, StoreError | BackgroundDied) and not is_lasting
             if is_tolerable or progress.is_noted:
                 progress.ended(error)
             if wait or not is_tolerable or self._options.on_error == "raise":
@@ -362,7 +364,7 @@ class Checkpointer:
     def _surface(self) -> None:
         """Raise the error of the last save, if it was not seen yet and is to end training."""
         error = self._latest._take_error() if self._latest is not None and self._latest.done() else None
-        ends = self._options.on_error == "raise" or isinstance(error, Superseded)
+        ends = self._options.on_error == "raise" or isinstance(error, Superseded | NotShared)
         if error is not None and ends and not isinstance(error, SaveDropped):
             raise error
 

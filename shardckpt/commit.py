@@ -17,7 +17,16 @@ import msgspec
 
 from ._version import __version__
 from .checksum import encode_digests
-from .errors import AlreadyCommitted, AlreadyExists, CheckpointError, DigestRefused, MissingFile, NotACheckpointRoot, StoreError
+from .errors import (
+    AlreadyCommitted,
+    AlreadyExists,
+    CheckpointError,
+    DigestRefused,
+    MissingFile,
+    NotACheckpointRoot,
+    NotShared,
+    StoreError,
+)
 from .manifest import (
     FORMAT,
     MANIFEST_LIMIT,
@@ -34,6 +43,7 @@ from .plan import Plan
 from .records import LayoutEncoder
 from .store import Store
 from .validate import parse_manifest
+from .wire import name_ranks
 from .write import Receipt
 
 
@@ -99,17 +109,31 @@ def _file_record(rank: int, receipt: Receipt) -> FileRecord:
     return FileRecord(rank, name, receipt.size, receipt.data, receipt.header, encode_digests(receipt.digests))
 
 
-def check_visible(store: Store, prefix: str, receipts: Sequence[Receipt]) -> None:
-    """Raise `StoreError` unless rank 0 sees every rank's file with its full size, by one listing."""
+def check_visible(store: Store, prefix: str, receipts: Sequence[Receipt], hosts: Sequence[str] = ()) -> None:
+    """Raise `NotShared` unless rank 0 sees every rank's file with its full size; ``hosts`` is by rank.
+
+    By one listing; what that does not show is opened, as a host may remember an older listing (NFS does so for up to a minute),
+    and nothing of a name that nobody there has asked for. Names carry the attempt, so no file of another one is meant.
+    """
     sizes = {entry.name: entry.size for entry in store.list(prefix.rstrip("/"))}
-    unseen = [rank for rank, receipt in enumerate(receipts) if sizes.get(receipt.name) != receipt.size]
+    unlisted = [rank for rank, receipt in enumerate(receipts) if sizes.get(receipt.name) != receipt.size]
+    unseen = [rank for rank in unlisted if not _is_there(store, prefix, receipts[rank])]
     if unseen:
-        name = receipts[unseen[0]].name
-        raise StoreError(
-            f"rank 0 does not see the files that ranks {unseen} wrote, for example {name}, in {store.url}: "
-            "the directory is not shared between the hosts. Save to a file system that all ranks share",
+        raise NotShared(
+            f"rank 0 does not see the files that {name_ranks(unseen, hosts)} wrote, for example {receipts[unseen[0]].name}, in "
+            f"{store.url}: the directory is not shared between the hosts, so nothing is committed. Save to a file system that "
+            "all ranks share, mounted at this place on each host, or to an object store",
             ranks=unseen,
         )
+
+
+def _is_there(store: Store, prefix: str, receipt: Receipt) -> bool:
+    try:
+        # where the manifest will say that it is
+        with store.open(f"{prefix}{receipt.name.rpartition('/')[2]}") as reader:
+            return reader.size == receipt.size
+    except MissingFile:
+        return False
 
 
 def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:

@@ -36,6 +36,7 @@
     |-- StoreError                  the storage refused or failed an operation
     |   |-- AlreadyExists           a name that must be new is taken
     |   |-- NotACheckpointRoot      the place holds something else (a file, foreign data)
+    |   |-- NotShared               hosts have directories of their own where they should have one together
     |   `-- StorageFull             no space or quota left
     `-- CoordinationError           the ranks could not finish an operation together
         |-- RankTimeout             some ranks did not arrive before the deadline; ``ranks`` names them
@@ -206,6 +207,10 @@ class AlreadyExists(StoreError):
 
 class NotACheckpointRoot(StoreError):
     """The place holds something that is not a checkpoint root."""
+
+
+class NotShared(StoreError):
+    """Ranks do not see one directory; ``ranks`` are those whose files rank 0 does not see, or who do not see its own."""
 
 
 class StorageFull(StoreError):

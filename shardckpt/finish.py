@@ -85,7 +85,9 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
             return _PACK.encode(_Verdict("", diverging))
         with timings.measure("commit"):
             seconds = [written[0].seconds | timings.seconds, *(w.seconds for w in written[1:])]
-            digest = _commit(job, store, [w.receipt for w in written], encode_columns(seconds))
+            receipts = [w.receipt for w in written]
+            check_visible(store, job.prefix, receipts, coordinator.hosts)
+            digest = _commit(job, store, receipts, encode_columns(seconds))
         return _PACK.encode(_Verdict(digest, ()))
 
     try:
@@ -102,7 +104,6 @@ def finish_save(job: Job, source: Source, store: Store, coordinator: Coordinator
 
 
 def _commit(job: Job, store: Store, receipts: list[Receipt], metrics: MetricsRecord | None) -> str:
-    check_visible(store, job.prefix, receipts)
     assert job.draft is not None
     data = build_manifest(job.draft, receipts, metrics)
     if job.fence is None:

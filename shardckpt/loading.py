@@ -18,7 +18,7 @@ import numpy as np
 from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .describe import LocalTensor
-from .errors import CheckpointError, MissingFile, MissingNames
+from .errors import CheckpointError, MissingFile, MissingNames, NotShared
 from .events import Sink, Timings
 from .exchange import Statement, exchange
 from .failure import Failure, common, describe
@@ -32,6 +32,7 @@ from .store import Store
 from .tables import Described, encode_table, merge_tables
 from .targets import LoadTarget, Selection, Targets
 from .validate import Checkpoint, parse_manifest
+from .wire import name_ranks
 
 logger = logging.getLogger("shardckpt")
 _PACK = msgspec.msgpack.Encoder()
@@ -92,6 +93,7 @@ class _Reads(msgspec.Struct):
     missing: tuple[str, ...]
     used: bytes
     unexpected: bytes
+    is_blind: bool = False
 
 
 class _Decision(msgspec.Struct):
@@ -185,6 +187,8 @@ class Load:
 
         @self._timings.measure("plan")
         def prepare() -> bytes:
+            if coordinator.rank != 0 and not self._files.are_visible():
+                return _PACK.encode(_Reads(0, 0, (), b"", b"", is_blind=True))
             targets.append(self._targets.make() if state is None else self._targets.open(state))
             self._require_refill(targets[0])
             for leaf in targets[0].wanted:
@@ -211,11 +215,7 @@ class Load:
             read_into(self._files, direct, destinations, workers=self._options.workers)
             return _PACK.encode(_Done(self._files.bytes_read, self._files.rebuilt))
 
-        def total(payloads: list[bytes]) -> bytes:
-            done = [msgspec.msgpack.decode(payload, type=_Done) for payload in payloads]
-            return _PACK.encode(_Done(sum(one.bytes_read for one in done), {name for one in done for name in one.rebuilt}))
-
-        done = msgspec.msgpack.decode(coordinator.round("load: read", read, total), type=_Done)
+        done = msgspec.msgpack.decode(coordinator.round("load: read", read, _total), type=_Done)
         restored: list[Mapping[str, Any]] = []
 
         @self._timings.measure("place")
@@ -255,12 +255,26 @@ class Load:
     def _decide(self, payloads: list[bytes]) -> bytes:
         """On rank 0: whether the names fit, and whether to read every block once and pass it on."""
         reads = [msgspec.msgpack.decode(payload, type=_Reads) for payload in payloads]
+        self._require_seen([rank for rank, one in enumerate(reads) if one.is_blind])
         unexpected = self._check_names(reads)
         needed, direct = sum(r.needed for r in reads), sum(r.direct for r in reads)
         wasteful = direct > AMPLIFICATION * needed
         repeated = self._coordinator.num_hosts > 1 and direct > AMPLIFICATION * self._plan.total_bytes
         share = {"auto": wasteful or repeated, "always": True, "never": False}[self._options.read_once]
         return _PACK.encode(_Decision(needed, share and self._coordinator.world_size > 1, unexpected))
+
+    def _require_seen(self, blind: list[int]) -> None:
+        """Tell ranks that see nothing of the checkpoint from a checkpoint that is being removed: of that, nobody does."""
+        if not blind:
+            return
+        error = NotShared(
+            f"{self._store.url}/{self._prefix} is there for rank 0, and is not there for "
+            f"{name_ranks(blind, self._coordinator.hosts)}: the directory is not shared between the hosts. Load from a file "
+            "system that all ranks share, mounted at this place on each host, or bring the whole checkpoint to each",
+            ranks=blind,
+        )
+        self._files.require_committed(error)
+        raise error
 
     def _check_patterns(self, checkpoint: Checkpoint) -> None:
         """A pattern that matches nothing is most likely misspelt."""
@@ -346,6 +360,11 @@ class Load:
         ]
         by_key = {key: mine[tensor.name] for key, tensor in enumerate(merged) if tensor.name in mine}
         return SharedRead(self._files, self._plan, shared, by_key, self._coordinator.exchange_group())
+
+
+def _total(payloads: list[bytes]) -> bytes:
+    done = [msgspec.msgpack.decode(payload, type=_Done) for payload in payloads]
+    return _PACK.encode(_Done(sum(one.bytes_read for one in done), {name for one in done for name in one.rebuilt}))
 
 
 def _is_shared(leaf: LocalTensor) -> bool:

@@ -159,7 +159,7 @@ class CheckpointFiles:
             damaged = self._read(chunk, buffer.bytes[: chunk.stop - chunk.start])
         except (IntegrityError, StoreError) as error:
             if isinstance(error, MissingFile):
-                self._require_committed(error)
+                self.require_committed(error)
             self._rebuild(file, chunk.start, chunk.stop, buffer.bytes, error)
         else:
             data = self._checkpoint.manifest.files[file].data
@@ -217,11 +217,20 @@ class CheckpointFiles:
         for file, record in enumerate(self._checkpoint.manifest.files):
             size = sizes.get(f"{self._prefix}{record.name}")
             if size is None:
-                self._require_committed(self._missing(file))
+                self.require_committed(self._missing(file))
             if size != record.size:
                 self._require_helped(file, sizes, self._missing(file) if size is None else self._truncated(file, size))
 
-    def _require_committed(self, error: CheckpointError) -> None:
+    def are_visible(self) -> bool:
+        """Whether anything of the checkpoint can be seen from here: the manifest or, in a listing, a rank file."""
+        try:
+            self._store.open(f"{self._prefix}{MANIFEST_NAME}").close()
+        except MissingFile:
+            names = {f"{self._prefix}{record.name}" for record in self._checkpoint.manifest.files}
+            return any(entry.name in names for entry in self._store.list(self._prefix.rstrip("/")))
+        return True
+
+    def require_committed(self, error: CheckpointError) -> None:
         """Raise `CheckpointRemoved` in place of ``error`` if the checkpoint is being removed: then its manifest went first."""
         try:
             found = manifest_digest(self._store.get(f"{self._prefix}{MANIFEST_NAME}", MANIFEST_LIMIT))

@@ -365,18 +365,3 @@ def test_one_process_loads_what_several_have_saved(ranks: RankPool, tmp_path: Pa
     ranks.run(4, save_sharded, str(tmp_path / "c"))
     assert ranks.run(1, load_alone, str(tmp_path / "c")) == [[3.0] * 6]
     assert load_alone(str(tmp_path / "c")) == [3.0] * 6
-
-
-def save_at_another_place(root: str) -> None:
-    with shardckpt.Checkpointer(f"{root}-{dist.get_rank()}", options=Options(timeout=30)) as ckpt:
-        ckpt.save(2, {"w": torch.zeros(2)}, wait=True)
-
-
-def test_a_directory_that_is_not_shared(ranks: RankPool, root: Path) -> None:
-    """As on hosts that have a disk each, mounted at the same path."""
-    outcomes = ranks.run_expecting_errors(2, save_at_another_place, str(root))
-    for outcome in outcomes:
-        assert isinstance(outcome, StoreError)
-        assert "rank 0 does not see the files that ranks [1] wrote" in str(outcome)
-        assert "Save to a file system that all ranks share" in str(outcome)
-    assert not [name for rank in range(2) for name in contents(Path(f"{root}-{rank}"))]

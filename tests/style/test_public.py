@@ -42,6 +42,7 @@ NAMES = [
     "MissingFile",
     "MissingNames",
     "NotACheckpointRoot",
+    "NotShared",
     "Options",
     "PerRank",
     "PrometheusText",
