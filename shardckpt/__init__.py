@@ -66,8 +66,10 @@ from .telemetry import PrometheusText, TensorBoardEvents
 if TYPE_CHECKING:
     from .api import load, save
     from .checkpointer import Checkpointer
+    from .engines import CheckpointEngine, get_checkpoint_engine, list_checkpoint_engines, register_checkpoint_engine
     from .handle import SaveHandle
     from .loading import Restored, RestoreInfo
+    from .resuming import OptimizerCallable, Resumed, SchedulerCallable, resume
     from .sampler import ElasticSampler
     from .saving import Saved
     from .state import Flat, PerRank, RNGState
@@ -80,8 +82,10 @@ _HOMES = {
     "api": ("load", "save"),
     "checkpointer": ("Checkpointer",),
     "cli.app": ("cli_main",),
+    "engines": ("CheckpointEngine", "get_checkpoint_engine", "list_checkpoint_engines", "register_checkpoint_engine"),
     "handle": ("SaveHandle",),
     "loading": ("RestoreInfo", "Restored"),
+    "resuming": ("OptimizerCallable", "Resumed", "SchedulerCallable", "resume"),
     "sampler": ("ElasticSampler",),
     "saving": ("Saved",),
     "state": ("Flat", "PerRank", "RNGState"),
@@ -107,6 +111,7 @@ __all__ = [
     "AlreadyCommitted",
     "AlreadyExists",
     "BackgroundDied",
+    "CheckpointEngine",
     "CheckpointError",
     "CheckpointNotFound",
     "CheckpointRemoved",
@@ -130,6 +135,7 @@ __all__ = [
     "MissingNames",
     "NotACheckpointRoot",
     "NotShared",
+    "OptimizerCallable",
     "Options",
     "PerRank",
     "PrometheusText",
@@ -139,11 +145,13 @@ __all__ = [
     "ReplicaDivergence",
     "RestoreInfo",
     "Restored",
+    "Resumed",
     "Retention",
     "SaveDropped",
     "SaveHandle",
     "SavePending",
     "Saved",
+    "SchedulerCallable",
     "ShapeMismatch",
     "StateChanged",
     "StateError",
@@ -158,6 +166,10 @@ __all__ = [
     "UnsupportedVersion",
     "__version__",
     "cli_main",
+    "get_checkpoint_engine",
+    "list_checkpoint_engines",
     "load",
+    "register_checkpoint_engine",
+    "resume",
     "save",
 ]
