@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapters.base import PerRank
+from .adapters.owners import PartitionedModel, PartitionedOptimizer
 
 logger = logging.getLogger("shardckpt")
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -65,9 +66,11 @@ def owned_by_optimizers(state: Mapping[str, Any]) -> Owned:
     """
     renormed: set[int] = set()
     # by id: schedulers name theirs again
-    optimizers: dict[int, Optimizer] = {}
+    optimizers: dict[int, Optimizer | PartitionedOptimizer] = {}
     for leaf in _leaves(state, set()):
-        if isinstance(leaf, nn.Module):
+        if isinstance(leaf, PartitionedModel):
+            renormed.update(_changed_by_forward(leaf.module))
+        elif isinstance(leaf, nn.Module):
             renormed.update(_changed_by_forward(leaf))
         else:
             optimizers.update((id(optimizer), optimizer) for optimizer in _hooked(leaf))
@@ -94,19 +97,22 @@ def _changed_by_forward(module: nn.Module) -> Iterator[int]:
             yield id(child.weight)
 
 
-def _hooked(value: Any) -> Iterator[Optimizer]:
+def _hooked(value: Any) -> Iterator[Optimizer | PartitionedOptimizer]:
     """The optimizers that ``value`` is or wraps, if their steps call global hooks."""
+    if isinstance(value, PartitionedOptimizer) and not value.only_steps_write:
+        return
     attributes = getattr(value, "__dict__", {})
     inner = attributes.get("optim", attributes.get("optimizer"))
     if isinstance(inner, Optimizer):
         yield from _hooked(inner)
-        if isinstance(value, Optimizer):  # such as ZeroRedundancyOptimizer, which has more parameters than its inner one
+        # such as ZeroRedundancyOptimizer, which has more parameters than its inner one
+        if isinstance(value, Optimizer | PartitionedOptimizer):
             yield value
     elif isinstance(value, Optimizer) and inner is None and hasattr(type(value).step, "hooked"):
         yield value
 
 
-def _tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+def _tensors(optimizer: Optimizer | PartitionedOptimizer) -> Iterator[torch.Tensor]:
     """Parameters and state."""
     for group in optimizer.param_groups:
         yield from group["params"]

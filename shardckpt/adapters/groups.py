@@ -64,7 +64,9 @@ def _sources(group: dict[str, Any], slots: Mapping[torch.Tensor, list[Slot]], pa
             name = below(path, "group_of", slot.fqn)
             source = opening.value(name)
             if source is None:
-                opening.miss(name)
+                # a frozen one has no state and takes no step, so that trainers may drop it from its group
+                if param.requires_grad:
+                    opening.miss(name)
             else:
                 opening.used.add(name)
                 sources[source] = None

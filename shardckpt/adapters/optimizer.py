@@ -27,7 +27,7 @@ import xxhash
 from torch.optim import Optimizer
 
 from ..describe import Placed
-from ..errors import StateError
+from ..errors import StateError, TargetMismatch
 from ..values import encode_value
 from .adapter import Adapter
 from .allocate import StateAllocator
@@ -151,12 +151,12 @@ def _cut_all(entries: Any, slot: Slot, param: torch.Tensor, path: str, rank: int
 
 
 def cut_flat(entry: torch.Tensor, slot: Slot, param: torch.Tensor, path: str, rank: int) -> Any:
-    """The part of a flat state tensor that belongs to one parameter of an FSDP1 flat parameter."""
+    """The part of a flat state tensor that belongs to one parameter of a flat one."""
     if entry.dim() == 0:
         return entry
     if entry.shape != param.shape or entry.dim() != 1:
         raise StateError(
-            f"{path!r}: optimizer state of shape {tuple(entry.shape)} for a flat FSDP parameter of shape "
+            f"{path!r}: optimizer state of shape {tuple(entry.shape)} for a flat parameter of shape "
             f"{tuple(param.shape)} does not belong to elements of it; use fully_shard (FSDP2) with this optimizer",
             path=path,
         )
@@ -164,7 +164,7 @@ def cut_flat(entry: torch.Tensor, slot: Slot, param: torch.Tensor, path: str, ra
 
 
 class _ParameterState:
-    """Loads the state of one parameter (or FSDP1 flat parameter)."""
+    """Loads the state of one parameter, or of all that lie in a flat one."""
 
     def __init__(
         self,
@@ -188,16 +188,15 @@ class _ParameterState:
         finish = self.opening.adopt(path, current, allocator, per_rank=self.per_rank)
         if finish is not None:
             return lambda: self._set(finish())
-        return self._remove if self._is_removed(slots) else lambda: None
+        return self._remove if self._is_removed(slots[0]) else lambda: None
 
     def _allocator(self, path: str) -> StateAllocator:
         return StateAllocator(self.parts.optimizer, self.group, self.param, path, self.opening.here.rank)
 
-    def _is_removed(self, slots: list[Slot]) -> bool:
+    def _is_removed(self, slot: Slot) -> bool:
         """Whether the checkpoint knows the parameter, but has no state for it."""
-        fqn = slots[0].fqn
-        known = self.opening.value(below(self.path, "group_of", fqn)) is not None
-        path = below(self.path, "state", fqn)
+        known = self.opening.value(below(self.path, "group_of", slot.fqn)) is not None
+        path = below(self.path, "state", slot.fqn)
         return known and not self.opening.stored.below(path) and self.opening.select(path)
 
     def _set(self, state: dict[str, Any]) -> None:
@@ -209,49 +208,85 @@ class _ParameterState:
     def _open_flat(self, slots: list[Slot]) -> Finish:
         """One set of flat tensors takes the state of all slots."""
         entries: dict[str, Any] = dict(self.parts.state.get(self.param) or {})
-        finishes: list[Finish] = []
+        finishes: dict[str, Finish] = {}
+        removed: list[Slot] = []
+        single: set[str] = set()
         for slot in slots:
             path = below(self.path, "state", slot.fqn)
-            if not slot.numel and len(slots) == 1:  # this rank holds nothing of the parameter, so no state either
+            if not self.param.numel():  # this rank holds nothing of the parameter, so no state either
                 self.opening.used.update(self.opening.stored.below(path))
                 continue
             for key in self.opening.stored.children(path):
                 if key not in entries:
-                    entries[key] = self._allocate_flat(path, key, slot)
-            template = {
-                key: cut_flat(entry, slot, self.param, path, self.opening.here.rank)
-                if isinstance(entry, torch.Tensor)
-                else entry
-                for key, entry in entries.items()
-            }
+                    entries[key] = self._allocate_flat(path, key, slot, slots)
+            template = {key: self._part(entry, slot, path) for key, entry in entries.items()}
+            # one number for all parameters: each further one is read beside it, to see that it is the same
+            template |= {key: torch.empty_like(entries[key], device="cpu") for key in single}
             finish = self.opening.adopt(path, template, self._refuse_flat, per_rank=self.per_rank)
             if finish is not None:
-                finishes.append(finish)
+                finishes[slot.fqn] = finish
+                single.update(key for key, entry in entries.items() if isinstance(entry, torch.Tensor) and entry.dim() == 0)
+            elif self._is_removed(slot):
+                removed.append(slot)
         if not finishes:
-            return self._remove if self._is_removed(slots) else lambda: None
+            return self._remove if removed else lambda: None
 
         def put_back() -> None:
-            for finish in finishes:
-                stored = finish()
-                entries.update({k: v for k, v in stored.items() if not isinstance(v, Placed | torch.Tensor)})
+            entries.update(self._agreed({fqn: finish() for fqn, finish in finishes.items()}))
+            for slot in removed:
+                for entry in entries.values():
+                    part = self._part(entry, slot, self.path)
+                    if isinstance(part, Placed):
+                        part.data.zero_()
             self._set(entries)
 
         return put_back
 
-    def _allocate_flat(self, path: str, key: str, slot: Slot) -> Any:
+    def _part(self, entry: Any, slot: Slot, path: str) -> Any:
+        return cut_flat(entry, slot, self.param, path, self.opening.here.rank) if isinstance(entry, torch.Tensor) else entry
+
+    def _agreed(self, stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What is stored for each of the parameters and is one for all of them, by key."""
+        agreed: dict[str, tuple[str, Any]] = {}
+        for fqn, entries in stored.items():
+            for key, value in entries.items():
+                if isinstance(value, Placed):
+                    continue
+                first, known = agreed.setdefault(key, (fqn, value))
+                if value is not known and value != known:
+                    raise TargetMismatch(
+                        f"{self.path!r}: {key!r} is {_number(known)} for {first!r} and {_number(value)} for {fqn!r} in the "
+                        "checkpoint, but in the target these lie in one flat parameter that has one of it. Use an optimizer "
+                        "that keeps state by parameter, such as that of fully_shard (FSDP2)",
+                        name=self.path,
+                    )
+        return {key: value for key, (_, value) in agreed.items()}
+
+    def _allocate_flat(self, path: str, key: str, slot: Slot, slots: list[Slot]) -> Any:
         """Flat state for all parameters of the flat one; for single numbers as for any parameter."""
         name = below(path, key)
         found = self.opening.stored.tensor(name)
-        if found is None or slot.layout is None:
+        if found is None:
             return None
-        stored = found[1]
-        if stored.shape(0) == slot.layout.shape and stored.shape(0) != ():
-            return torch.zeros(self.param.shape, dtype=dtype_named(stored.dtype), device=self.param.device)
-        return self._allocator(path)(name, stored)
+        if self._is_elementwise(key, slots):
+            return torch.zeros(self.param.shape, dtype=dtype_named(found[1].dtype), device=self.param.device)
+        return self._allocator(path)(name, found[1])
+
+    def _is_elementwise(self, key: str, slots: list[Slot]) -> bool:
+        """Whether state of this key has the shapes of the parameters, which are single numbers themselves in rare cases."""
+        for slot in slots:
+            found = self.opening.stored.tensor(below(self.path, "state", slot.fqn, key))
+            if found is not None and slot.layout is not None and slot.layout.shape:
+                return found[1].shape(0) == slot.layout.shape
+        return key != "step"
 
     def _refuse_flat(self, name: str, stored: Any) -> Any:
         raise StateError(
-            f"{name!r}: stored optimizer state of shape {stored.shape(0)} does not fit a flat FSDP parameter; use "
+            f"{name!r}: stored optimizer state of shape {stored.shape(0)} does not fit a flat parameter; use "
             "fully_shard (FSDP2) with this optimizer",
             path=name,
         )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

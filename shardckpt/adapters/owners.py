@@ -8,7 +8,7 @@ parameter lies in them says so with these; `partitioned` saves and loads them as
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -54,12 +54,22 @@ class PartitionedOptimizer(SlotOwner):
     """An optimizer that updates tensors in which several parameters lie, and param groups that list all of them."""
 
     def __init__(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]], slots: list[tuple[torch.Tensor, list[Slot]]]
+        self,
+        optimizer: Optimizer,
+        groups: list[dict[str, Any]],
+        slots: list[tuple[torch.Tensor, list[Slot]]],
+        *,
+        frozen: Collection[str] = (),
+        only_steps_write: bool = True,
     ) -> None:
         self.optimizer = optimizer
         """Holds the state and takes the step."""
         self.param_groups = groups
         """The optimizer's own, or ones that list parameters which the optimizer has only while it takes a step."""
+        self.frozen = frozen
+        """Names of parameters that it does not list, though other trainers may list them in a group."""
+        self.only_steps_write = only_steps_write
+        """Whether nothing but the optimizer's steps writes to its parameters and state."""
         self._slots = slots
 
     @property

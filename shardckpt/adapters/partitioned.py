@@ -59,6 +59,14 @@ class PartitionedOptimizerAdapter(OptimizerAdapter):
     def parts(self, value: PartitionedOptimizer, path: str) -> Parts:
         return Parts(value.optimizer, value.param_groups, lambda _: True, value.settle)
 
+    def open(self, value: PartitionedOptimizer, path: str, opening: Opening, *, per_rank: bool) -> Finish:
+        for fqn in value.frozen:
+            source = opening.value(below(path, "group_of", fqn))
+            if source is not None:
+                opening.used.add(below(path, "group_of", fqn))
+                opening.used.update(opening.stored.below(below(path, "param_groups", source)))
+        return super().open(value, path, opening, per_rank=per_rank)
+
 
 class ReceivedAdapter(Adapter):
     """`Received`: driven by the checkpoint alone."""

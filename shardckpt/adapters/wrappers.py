@@ -23,13 +23,13 @@ class Slot:
     fqn: str
     """Name of the parameter in its module."""
     layout: FlatLayout | Replicated | None = None
-    """For FSDP1: how the parameter is cut up over ranks; else the optimizer updates the parameter itself."""
+    """In a flat parameter: how this one is cut up over ranks; else the optimizer updates the parameter itself."""
     offset: int = 0
-    """For FSDP1: first element in the optimizer's flat parameter."""
+    """In a flat parameter: first element in this rank's part of it."""
     numel: int = 0
-    """For FSDP1: number of elements that this rank holds."""
+    """In a flat parameter: number of elements that this rank holds."""
     stored: bool = True
-    """For FSDP1: whether this rank takes part in saving it, as the first of the replicas does."""
+    """In a flat parameter: whether this rank takes part in saving it, as the first of the replicas does."""
 
 
 def is_fsdp1(module: nn.Module) -> bool:

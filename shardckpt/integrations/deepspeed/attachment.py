@@ -167,8 +167,7 @@ class Attachment:
             logger.warning("there is no checkpoint in %s to load", checkpointer.url)
             return None, None
         masters = masters_of(engine)
-        frozen = {masters.names[id(param)] for param in engine.module.parameters() if not param.requires_grad}
-        may_miss = frozen.__contains__ if choice.metadata.get(_WITHOUT_FROZEN) else lambda name: False
+        may_miss = masters.frozen.__contains__ if choice.metadata.get(_WITHOUT_FROZEN) else lambda name: False
         state: dict[str, Any] = {"model": masters.model(strict=load_module_strict, may_miss=may_miss)}
         optimizer = masters.partitioned_optimizer()
         with_optimizer = load_optimizer_states and not load_module_only

@@ -90,7 +90,20 @@ class Masters:
         """The optimizer with its groups and slots; None when there is none."""
         if self.optimizer is None:
             return None
-        return PartitionedOptimizer(self.optimizer, self.groups(), [(m.tensor, m.slots) for m in self.masters()])
+        groups = self.groups()
+        return PartitionedOptimizer(
+            self.optimizer,
+            groups,
+            [(master.tensor, master.slots) for master in self.masters()],
+            frozen=self.frozen,
+            # DeepSpeed puts Muon's momentum together before the optimizer's step
+            only_steps_write=not any(group.get("use_muon") for group in groups),
+        )
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names of the parameters that are not trained."""
+        return {self.names[id(param)] for param in self.module.parameters() if not param.requires_grad}
 
 
 class WrappedMasters(Masters):
