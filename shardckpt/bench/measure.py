@@ -29,7 +29,7 @@ def ignore_progress(progress: Progress) -> None:
 
 def measure_save(spec: SaveSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> Report:
     """Time durable saves. Files go under ``folder``, and are removed. Raises `BenchmarkFailed`."""
-    with _scratch(folder, 2 * spec.nbytes) as scratch:
+    with scratch_folder(folder, 2 * spec.nbytes) as scratch:
         job = Job(folder=scratch, nbytes=spec.nbytes, rounds=spec.rounds)
         outcome = run_ranks(spec.ranks, save_rounds, job, on_progress)[0]
         case = Case(from_ranks=spec.ranks, to_ranks=spec.ranks)
@@ -53,7 +53,7 @@ def measure_async(spec: AsyncSpec, folder: str = ".", on_progress: OnProgress = 
     """Time what saves cost training. Raises `BenchmarkFailed`, but not for a contestant that fails: the report says so."""
     device = _choose_device(spec)
     entrants = choose(spec.contestants, cuda=device == "cuda")
-    with _scratch(folder, (spec.saves + 2) * spec.nbytes) as scratch:
+    with scratch_folder(folder, (spec.saves + 2) * spec.nbytes) as scratch:
         job = AsyncJob(
             folder=scratch,
             nbytes=spec.nbytes,
@@ -84,7 +84,7 @@ def _measure_loads(
     folder: str,
     on_progress: OnProgress,
 ) -> Report:
-    with _scratch(folder, 4 * spec.nbytes) as scratch:
+    with scratch_folder(folder, 4 * spec.nbytes) as scratch:
         saving = Job(folder=scratch, nbytes=spec.nbytes)
         saved = run_ranks(spec.ranks, save_once, saving, on_progress)[0]
         lines: list[Line] = []
@@ -99,7 +99,7 @@ def _measure_loads(
 
 
 @contextmanager
-def _scratch(folder: str, nbytes: int) -> Iterator[str]:
+def scratch_folder(folder: str, nbytes: int) -> Iterator[str]:
     """A new folder in ``folder``, with room for ``nbytes`` bytes, which is gone afterwards whatever happens."""
     try:
         free = shutil.disk_usage(folder).free

@@ -95,6 +95,24 @@ class AsyncSpec(SaveSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeepSpeedSpec(SaveSpec):
+    """Saves of DeepSpeed engines, resumes on another number of ranks, and imports."""
+
+    nbytes: int = 1_212_000_000
+    """Size of masters and moments of all ranks together: of 101 M parameters."""
+    ranks: int = 4
+    """World size that saves."""
+    to_ranks: int = 2
+    """World size that resumes."""
+    rounds: int = 3
+    """Times that each contestant takes its turn."""
+
+    def __post_init__(self) -> None:
+        SaveSpec.__post_init__(self)
+        _require_counts(to_ranks=[self.to_ranks])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
     """Planning for many ranks, simulated in one process."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -21,9 +21,10 @@ from .output import FOUND, count_text, print_json, print_table, say, size_text
 
 if TYPE_CHECKING:
     # torch, which these import, takes seconds: only commands that measure pay for it
-    from shardckpt.bench import AsyncReport, PlanReport, Report
+    from shardckpt.bench import AsyncReport, EngineReport, PlanReport, Report
     from shardckpt.bench import Progress as Step
-    from shardckpt.bench.async_report import AsyncLine
+    from shardckpt.bench.async_report import AsyncLine, Bar
+    from shardckpt.bench.deepspeed_report import EngineLine
     from shardckpt.bench.report import Line
     from shardckpt.bench.spec import Cache, Device
 
@@ -135,6 +136,30 @@ def asynchronous(
         _print_async(report)
     if any(line.wrong or line.problem for line in report.results):
         raise typer.Exit(FOUND)
+
+
+@app.command("deepspeed")
+def beside_deepspeed(
+    size: Size = "1.212GB",
+    ranks: Ranks = 4,
+    to_ranks: Annotated[int, typer.Option(help="Processes that resume.", min=1)] = 2,
+    rounds: Rounds = 3,
+    directory: Folder = ".",
+    as_json: AsJson = False,
+) -> None:
+    """DeepSpeed's engines: saves at ZeRO 1, 2 and 3, resumes on other numbers of ranks, imports; checked bit by bit.
+
+    The default size is that of the masters and moments of 101 M parameters. DeepSpeed takes its turns; it has to be installed.
+    """
+    from shardckpt.bench import DeepSpeedSpec, measure_deepspeed, parse_size
+
+    spec = DeepSpeedSpec(nbytes=parse_size(size), ranks=ranks, to_ranks=to_ranks, rounds=rounds)
+    with _progress_shown(hidden=as_json) as show:
+        report = measure_deepspeed(spec, directory, show)
+    if as_json:
+        print_json(report)
+    else:
+        _print_deepspeed(report)
 
 
 @app.command()
@@ -263,11 +288,15 @@ def _print_async(report: AsyncReport) -> None:
         f"plain copy: {report.copy_s:.4f} s for {size_text(report.shard_bytes)} on each of {count_text(facts.ranks, 'rank')} "
         f"at once, by {report.copied_by}"
     )
-    if report.bars:
-        say()
-        rows = [(bar.contestant, bar.name, _cell(bar.found, ".2f"), _cell(bar.at_most, ".2f")) for bar in report.bars]
-        print_table(("who", "figure", "found", "at most"), rows, numbers=("found", "at most"))
+    _print_bars(report.bars)
     say(str(report.machine))
+
+
+def _print_bars(bars: Sequence[Bar]) -> None:
+    if bars:
+        say()
+        rows = [(bar.contestant, bar.name, _cell(bar.found, ".2f"), _cell(bar.at_most, ".2f")) for bar in bars]
+        print_table(("who", "figure", "found", "at most"), rows, numbers=("found", "at most"))
 
 
 def _async_cells(line: AsyncLine) -> tuple[str, ...]:
@@ -290,6 +319,35 @@ def _async_cells(line: AsyncLine) -> tuple[str, ...]:
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _print_deepspeed(report: EngineReport) -> None:
+    say(
+        f"bench deepspeed: {size_text(report.bytes)} of masters and moments of {report.parameters / 1e6:.1f} M parameters, "
+        f"saved by {count_text(report.ranks, 'rank')}, resumed by {report.to_ranks}; {count_text(report.rounds, 'round')}; "
+        f"DeepSpeed {report.deepspeed}"
+    )
+    numbers = ("median s", "min", "max", "read per rank", "x ideal", "memory", "disk")
+    print_table(("task", "who", *numbers), [_engine_cells(line) for line in report.results], numbers=numbers)
+    for line in report.results:
+        if line.wrong:
+            say(f"{line.who} WRONG after {line.what}: {'; '.join(line.wrong[:4])}")
+    _print_bars(report.bars)
+    say(str(report.machine))
+
+
+def _engine_cells(line: EngineLine) -> tuple[str, ...]:
+    return (
+        line.what,
+        line.who,
+        f"{line.median_s:.3f}",
+        f"{min(line.seconds):.3f}",
+        f"{max(line.seconds):.3f}",
+        "" if line.read_bytes is None else size_text(line.read_bytes),
+        _cell(line.times_ideal, ".3f"),
+        "" if line.memory_bytes is None else size_text(line.memory_bytes),
+        _cell(line.extra_disk, ".2f"),
+    )
 
 
 def _print_planning(report: PlanReport) -> None:
