@@ -34,6 +34,7 @@ from .errors import (
     DigestRefused,
     DtypeMismatch,
     DuplicateName,
+    ExportRefused,
     HostMemoryError,
     IntegrityError,
     InvalidManifest,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .checkpointer import Checkpointer
     from .engines import CheckpointEngine, get_checkpoint_engine, list_checkpoint_engines, register_checkpoint_engine
     from .handle import SaveHandle
+    from .inference import InferenceConfig, default_inference_config, load_for_inference
     from .loading import Restored, RestoreInfo
     from .resuming import OptimizerCallable, Resumed, SchedulerCallable, resume
     from .sampler import ElasticSampler
@@ -84,6 +86,7 @@ _HOMES = {
     "cli.app": ("cli_main",),
     "engines": ("CheckpointEngine", "get_checkpoint_engine", "list_checkpoint_engines", "register_checkpoint_engine"),
     "handle": ("SaveHandle",),
+    "inference": ("InferenceConfig", "default_inference_config", "load_for_inference"),
     "loading": ("RestoreInfo", "Restored"),
     "resuming": ("OptimizerCallable", "Resumed", "SchedulerCallable", "resume"),
     "sampler": ("ElasticSampler",),
@@ -126,8 +129,10 @@ __all__ = [
     "DuplicateName",
     "ElasticSampler",
     "Event",
+    "ExportRefused",
     "Flat",
     "HostMemoryError",
+    "InferenceConfig",
     "IntegrityError",
     "InvalidManifest",
     "InvalidParity",
@@ -166,9 +171,11 @@ __all__ = [
     "UnsupportedVersion",
     "__version__",
     "cli_main",
+    "default_inference_config",
     "get_checkpoint_engine",
     "list_checkpoint_engines",
     "load",
+    "load_for_inference",
     "register_checkpoint_engine",
     "resume",
     "save",

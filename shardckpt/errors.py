@@ -24,6 +24,7 @@
     |   |-- TruncatedFile           a file is shorter than what the manifest says
     |   |-- MissingFile             a file that the manifest names is not there
     |   `-- DigestRefused           the manifest is not the one that ``expect_digest`` asked for
+    |-- ExportRefused               the checkpoint does not hold what an export needs, or holds what its format cannot
     |-- CheckpointNotFound          nothing committed at this place
     |   `-- CheckpointRemoved       what was committed there was removed while it was read
     |-- AlreadyCommitted            this step is already committed by another save
@@ -156,6 +157,10 @@ class MissingFile(IntegrityError):
 
 class DigestRefused(IntegrityError):
     """The manifest's SHA-256 is not the one that was expected."""
+
+
+class ExportRefused(CheckpointError):
+    """The checkpoint does not hold what an export needs, or holds what its format cannot; nothing was written."""
 
 
 class CheckpointNotFound(CheckpointError):

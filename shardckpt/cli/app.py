@@ -15,6 +15,7 @@ from shardckpt import CheckpointError, ConfigError, __version__
 from .diff import diff
 from .digest import digest
 from .doctor import doctor
+from .export import export
 from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
@@ -63,6 +64,7 @@ app = typer.Typer(
 for command in (ls, show, verify, repair, digest, diff, prune, doctor):
     app.command()(command)
 
+app.add_typer(export, name="export", help="Write a checkpoint as files of other programs.")
 app.add_typer(
     typer.Typer(cls=LateBench, no_args_is_help=True),
     name="bench",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .box import Ints, intersect_boxes, row_major_strides, window_boxes
-from .dtypes import ITEMSIZE, safetensors_code
+from .dtypes import ITEMSIZE, has_safetensors_code, safetensors_code
 from .explicit import BoxLayout, FlatLayout, PerRankLayout, PerRankShapes, Replicated, cells_over
 from .mesh import Cell, Mesh, MeshLayout, Placement, Replicate, Shard, StridedShard
 from .piece import Copy, Fragment, Interval, Piece, intersect
@@ -40,6 +40,7 @@ __all__ = [
     "intersect",
     "intersect_boxes",
     "row_major_strides",
+    "has_safetensors_code",
     "safetensors_code",
     "window_boxes",
 ]

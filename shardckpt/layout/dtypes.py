@@ -60,3 +60,8 @@ def safetensors_code(dtype: str) -> tuple[str, int]:
         return exact, 1
     size = ITEMSIZE[dtype]
     return _STAND_IN_CODES[size], max(1, size // 8)
+
+
+def has_safetensors_code(dtype: str) -> bool:
+    """Whether safetensors has a code for ``dtype`` itself."""
+    return dtype in _EXACT_CODES

@@ -26,6 +26,7 @@ def counters_of(engine: Any) -> dict[str, Any]:
         "zero_stage": int(engine.zero_optimization_stage()),
         "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
         "version": deepspeed.__version__,
+        "parameters": _names_in_order(engine),
     }
     scaler = _loss_scaler(engine)
     if scaler is not None:
@@ -34,6 +35,16 @@ def counters_of(engine: Any) -> dict[str, Any]:
     for name, part in _adaptive_parts(engine).items():
         found[name] = _without_arrays(part.state_dict())
     return found
+
+
+def _names_in_order(engine: Any) -> list[str]:
+    """Names of all parameters, those of each param group in the group's order: names alone do not tell it to an export."""
+    names: dict[Any, str] = engine.param_names
+    found = [getattr(engine.optimizer, groups, None) for groups in ("bit16_groups", "bf16_groups", "fp16_groups")]
+    groups = next(filter(None, found), None) or [group["params"] for group in engine.basic_optimizer.param_groups]
+    ordered = [names[param] for group in groups for param in group]
+    known = set(ordered)
+    return [*ordered, *(name for name in names.values() if name not in known)]
 
 
 def set_counters(engine: Any, stored: Mapping[str, Any] | None, step: int, *, optimizer: bool) -> None:
