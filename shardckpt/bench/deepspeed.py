@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from .deepspeed_contest import OURS, TAG, THEIRS, EngineJob, folders, load_turns, save_turns
+from .deepspeed_contest import OURS, THEIRS, EngineJob, folders, load_turns, save_turns, tag_of
 from .deepspeed_report import (
     Conversion,
     EngineLine,
@@ -67,7 +67,7 @@ def _convert(spec: DeepSpeedSpec, scratch: str, on_progress: OnProgress) -> tupl
     """Run DeepSpeed's conversion and our import, in turns; the tag of what the former has left, and all runs."""
     _, theirs = folders(scratch)
     source, universal, imported = (
-        os.path.join(theirs, TAG),
+        os.path.join(theirs, tag_of(spec.rounds)),
         os.path.join(theirs, "universal"),
         os.path.join(scratch, "imported"),
     )

@@ -2,16 +2,18 @@
 """The contest with DeepSpeed on one rank: both save, or load, in turns, round after round.
 
 Time is taken from a barrier to when the slowest rank has finished. What DeepSpeed has saved is not durable when its call
-returns, so the time until its files are flushed is taken as well. Before a save the file system is at rest; before a load the
-files are in the page cache, and everything is overwritten.
+returns, so the time until its files are flushed is taken as well. Before a save the file system is at rest, and the checkpoint
+before is still there, as in training; before a load the files are in the page cache, and everything is overwritten.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -24,8 +26,6 @@ from .disk import bytes_read_by_process, empty, files_under, read_into_cache
 from .launch import BenchmarkFailed, OnProgress, Progress
 
 OURS, THEIRS, FLUSHED = "shardckpt", "DeepSpeed", "DeepSpeed + fsync"
-TAG = "saved"
-"""Tag of what DeepSpeed saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,24 +75,33 @@ def folders(folder: str) -> tuple[str, str]:
     return os.path.join(folder, "ours"), os.path.join(folder, "theirs")
 
 
+def tag_of(number: int) -> str:
+    """Tag of what is saved in a round."""
+    return f"round{number}"
+
+
 def save_turns(report: OnProgress, job: EngineJob) -> EngineOutcome:
     """Time saves; ours are loaded again and checked. What the last round saves stays there."""
     workload = EngineWorkload(job.stage, job.nbytes)
     engine, (ours, theirs) = workload.engine, folders(job.folder)
     outcome = EngineOutcome(workload.parameters, _most(workload.nbytes))
-    with attach(engine, ours, wait=True) as attachment:
-        for number in range(job.rounds):
-            report(Progress(2 * number, 2 * job.rounds, f"stage {job.stage}, round {number + 1}: {OURS} saves"))
-            _clear(ours)
-            outcome.turns.append(EngineTurn(OURS, _time(lambda: attachment.save_checkpoint(ours, TAG))))
+    _clear(ours, theirs)
+    with attach(engine, ours, keep_last=1, wait=True) as attachment:
+        for number in range(1, job.rounds + 1):
+            tag = tag_of(number)
+            engine.global_steps += 1
+            report(Progress(2 * number - 2, 2 * job.rounds, f"stage {job.stage}, round {number}: {OURS} saves"))
+            _settle()
+            outcome.turns.append(EngineTurn(OURS, _time(partial(attachment.save_checkpoint, ours, tag))))
             workload.poison()
-            attachment.load_checkpoint(ours)
+            attachment.load_checkpoint(ours, tag)
             _require_right(workload, "a save")
-            report(Progress(2 * number + 1, 2 * job.rounds, f"stage {job.stage}, round {number + 1}: {THEIRS} saves"))
-            _clear(theirs)
-            seconds = _time(lambda: type(engine).save_checkpoint(engine, theirs, TAG))
+            report(Progress(2 * number - 1, 2 * job.rounds, f"stage {job.stage}, round {number}: {THEIRS} saves"))
+            _settle()
+            seconds = _time(partial(type(engine).save_checkpoint, engine, theirs, tag))
             outcome.turns.append(EngineTurn(THEIRS, seconds))
-            outcome.turns.append(EngineTurn(FLUSHED, seconds + _time(lambda: _flush(theirs))))
+            outcome.turns.append(EngineTurn(FLUSHED, seconds + _time(partial(_flush, os.path.join(theirs, tag)))))
+            _keep_only(theirs, tag)
     return outcome
 
 
@@ -147,13 +156,32 @@ def _require_right(workload: EngineWorkload, what: str) -> None:
         raise BenchmarkFailed(f"{what} of {OURS} did not give back what was saved; rank {dist.get_rank()}: {wrong[:4]}")
 
 
-def _clear(folder: str) -> None:
+def _clear(*places: str) -> None:
+    """Begin with empty folders."""
     dist.barrier()
     if dist.get_rank() == 0:
-        Path(folder).mkdir(exist_ok=True)
-        empty(folder)
+        for place in places:
+            Path(place).mkdir(exist_ok=True)
+            empty(place)
+    dist.barrier()
+
+
+def _settle() -> None:
+    """Let the file system come to rest."""
     gc.collect()
     dist.barrier()
+    if dist.get_rank() == 0:
+        os.sync()
+    dist.barrier()
+
+
+def _keep_only(folder: str, tag: str) -> None:
+    """Remove older checkpoints of DeepSpeed; as in training, the last one is there until the next one is."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for place in Path(folder).iterdir():
+            if place.is_dir() and place.name != tag:
+                shutil.rmtree(place)
 
 
 def _flush(folder: str) -> None:
