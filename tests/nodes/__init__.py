@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several hosts on one machine: network namespaces with addresses, names and torchrun agents of their own."""
