@@ -22,7 +22,7 @@ from tests.deepspeed.engines import make_engine, masters, needs_deepspeed, train
 from tests.faults.stores import FaultyStore
 from tests.ranks import RankDied, RankPool, meet
 
-pytestmark = [needs_deepspeed, pytest.mark.slow]
+pytestmark = [needs_deepspeed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _Result = TypeVar("_Result")
 PATIENCE = 20.0

@@ -31,7 +31,7 @@ from tests.deepspeed.engines import (
 )
 from tests.ranks import RankPool
 
-pytestmark = [needs_deepspeed, pytest.mark.slow]
+pytestmark = [needs_deepspeed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STAGES = (1, 2, 3)
 STEPS = 3

@@ -32,7 +32,7 @@ from tests.deepspeed.engines import (
 )
 from tests.ranks import RankPool
 
-pytestmark = [needs_deepspeed, pytest.mark.slow]
+pytestmark = [needs_deepspeed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 Known = tuple[dict[str, Tensor], dict[str, dict[str, Any]]]
 STAGES = (1, 2, 3)
