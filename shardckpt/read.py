@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .buffer import CHUNK, Buffer, BufferPool
+from .buffer import CHUNK, BufferPool
 from .checksum import damaged_blocks, digest, digests_between
 from .errors import (
     CheckpointError,
@@ -91,7 +91,7 @@ def read_into(
 
     def read_and_place(chunk: Chunk) -> None:
         with pool.borrow() as buffer:
-            source.read_verified(chunk, buffer)
+            source.read_verified(chunk, buffer.bytes)
             segments = list(chunk.reads.segments_in(chunk.start, chunk.stop))
             with source.timings.measure("place", sum(high - low for _, low, high in segments)):
                 for segment, low, high in segments:
@@ -148,25 +148,25 @@ class CheckpointFiles:
         for chunk in chunks:
             self._left[chunk.reads.file] = self._left.get(chunk.reads.file, 0) + 1
 
-    def read_verified(self, chunk: Chunk, buffer: Buffer) -> None:
-        """Fill ``buffer`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved.
+    def read_verified(self, chunk: Chunk, into: memoryview) -> None:
+        """Fill the start of ``into`` with a chunk; raises `ChecksumMismatch` when a block of it is not what was saved.
 
         What is missing or damaged is rebuilt, where there is a parity. The header is verified with the first bytes of data,
         so a load of all data verifies all headers.
         """
         file, block_size = chunk.reads.file, self._checkpoint.plan.block_size
         try:
-            damaged = self._read(chunk, buffer.bytes[: chunk.stop - chunk.start])
+            damaged = self._read(chunk, into[: chunk.stop - chunk.start])
         except (IntegrityError, StoreError) as error:
             if isinstance(error, MissingFile):
                 self.require_committed(error)
-            self._rebuild(file, chunk.start, chunk.stop, buffer.bytes, error)
+            self._rebuild(file, chunk.start, chunk.stop, into, error)
         else:
             data = self._checkpoint.manifest.files[file].data
             for start in (chunk.start + number * block_size for number in damaged):
                 stop = min(start + block_size, chunk.stop)
                 changed = self._changed(file, data + start, data + stop)
-                self._rebuild(file, start, stop, buffer.bytes[start - chunk.start :], changed)
+                self._rebuild(file, start, stop, into[start - chunk.start :], changed)
         with self._lock:
             self._left[file] -= 1
             finished = None if self._left[file] else self._readers.pop(file, None)

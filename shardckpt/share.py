@@ -21,7 +21,7 @@ from .buffer import Buffer
 from .layout import GlobalLayout, MeshLayout, PerRankShapes, Piece, cells_over, intersect
 from .plan import Plan, PlannedTensor
 from .read import CheckpointFiles, Chunk, Destination, put
-from .reshard import FileReads, Segment, Want, plan_reads
+from .reshard import Extent, FileReads, Segment, Want, plan_reads
 
 TURN_BYTES = 32 << 20
 """Bytes; upper bound of what a rank sends in one turn, if a digest block allows it."""
@@ -116,7 +116,7 @@ class SharedRead:
         error: Exception | None = None
         buffers = [Buffer(self._shares.chunk) for _ in range(2)]
         turns = [self._plan_turn(turn) for turn in range(self._shares.turns)]
-        self._files.expect(filter(None, turns))
+        self._files.expect(part for chunk in turns if chunk is not None for part in _parts(chunk))
         with ThreadPoolExecutor(1, thread_name_prefix="shardckpt-read") as thread:
             ahead = thread.submit(self._read, turns[0], buffers[0])
             for turn, chunk in enumerate(turns):
@@ -141,23 +141,30 @@ class SharedRead:
         inside = [
             p
             for p in self._plan.file_pieces(file)
-            if p.offset < stop and p.offset + p.nbytes > start and p.tensor.name in self._wants_by_name
+            if p.nbytes and p.offset < stop and p.offset + p.nbytes > start and p.tensor.name in self._wants_by_name
         ]
         if not inside:
             return None
+        extents: list[Extent] = []
         block = self._plan.block_size
-        low = max(start, inside[0].offset // block * block)
-        high = min(stop, -(-(inside[-1].offset + inside[-1].nbytes) // block) * block)
+        for piece in inside:
+            low = max(start, piece.offset // block * block)
+            high = min(stop, -(-(piece.offset + piece.nbytes) // block) * block)
+            if extents and low <= extents[-1][1]:
+                low, high = extents.pop()[0], high
+            extents.append((low, high))
         segments = tuple(
             Segment(file, p.offset, p.piece, Want(want.key, p.tensor, p.piece))
             for p in inside
             for want in self._wants_by_name[p.tensor.name]
         )
-        return Chunk(FileReads(file, segments, ((low, high),)), low, high)
+        return Chunk(FileReads(file, segments, tuple(extents)), extents[0][0], extents[-1][1])
 
     def _read(self, chunk: Chunk | None, buffer: Buffer) -> None:
+        """Fill the buffer as the chunk lies in the file, with holes where nobody wants anything."""
         if chunk is not None:
-            self._files.read_verified(chunk, buffer)
+            for part in _parts(chunk):
+                self._files.read_verified(part, buffer.bytes[part.start - chunk.start :])
 
     def _plan_outgoing(self, chunk: Chunk | None) -> list[list[_Parcel]]:
         """What this rank sends to each rank of a chunk, in the order of the file."""
@@ -223,6 +230,12 @@ class SharedRead:
                     put(destination, copy, elements)
                     at = stop
             start += _size(parcels)
+
+
+def _parts(chunk: Chunk) -> Iterator[Chunk]:
+    """What is read of a chunk."""
+    for start, stop in chunk.reads.extents:
+        yield Chunk(chunk.reads, start, stop)
 
 
 def _pack(parcel: _Parcel, chunk: Chunk | None, buffer: Buffer, send: torch.Tensor, position: int) -> int:

@@ -16,6 +16,7 @@ from .adapters.partitioned import PartitionedModelAdapter, PartitionedOptimizerA
 from .adapters.rng import RNGAdapter, RNGState
 from .adapters.saving import Captured, Saving
 from .adapters.stateful import StatefulAdapter
+from .adapters.weights import WeightsAdapter
 from .adapters.zero import ZeroAdapter
 from .describe import Flat, LocalTensor, Whereabouts, sample_digest, sample_digests
 from .errors import StateError
@@ -29,6 +30,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     PartitionedModelAdapter(),
     PartitionedOptimizerAdapter(),
     ReceivedAdapter(),
+    WeightsAdapter(),
     RNGAdapter(),
     StatefulAdapter(),
 )

@@ -69,7 +69,7 @@ class ModuleAdapter(Adapter):
 
         def put_back() -> Any:
             if handed:
-                _hand_over(unwrap(module), {raw: finish() for raw, finish in handed.items()})
+                hand_over(unwrap(module), {raw: finish() for raw, finish in handed.items()})
             return value
 
         return put_back
@@ -135,9 +135,9 @@ def _constant(value: Any) -> Finish:
     return lambda: value
 
 
-def _hand_over(root: nn.Module, state: dict[str, Any]) -> None:
-    """Give a module what cannot be filled in place: extra state, and what hooks made."""
+def hand_over(root: nn.Module, state: dict[str, Any], *, assign: bool = False) -> None:
+    """Give a module what cannot be filled in place: extra state, what hooks made, and, to ``assign``, new tensors."""
     if any(map(is_fsdp1, root.modules())):
         fsdp1.set_extra_states(root, state)
     else:
-        root.load_state_dict(state, strict=False)
+        root.load_state_dict(state, strict=False, assign=assign)

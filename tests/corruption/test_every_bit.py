@@ -140,11 +140,11 @@ def test_every_bit_of_a_header(tiny: Simulated, tmp_path: Path, rank: int) -> No
     buffer = Buffer(HEADER)
     with CheckpointFiles(store, "", tiny.checkpoint) as files:
         files.expect([chunk] * (8 * HEADER + 1))
-        files.read_verified(chunk, buffer)
+        files.read_verified(chunk, buffer.bytes)
         for at, bit in all_bits(0, HEADER):
             data[at] ^= 1 << bit
             with pytest.raises(ChecksumMismatch):
-                files.read_verified(chunk, buffer)
+                files.read_verified(chunk, buffer.bytes)
             data[at] ^= 1 << bit
         assert files.bytes_read == chunk.stop
     assert bytes(data) == path.read_bytes()

@@ -62,7 +62,7 @@ ROWS: list[tuple[str, set[str]]] = [
     ("pipeline", {"targets", "saving", "handle", "progress", "background", "loading", "restoring", "api"}),
     ("policy", {"pacing", "preemption", "policy", "checkpointer"}),
     ("other trainers", {"integrations"}),
-    ("entry points", {"engines", "resuming"}),
+    ("entry points", {"engines", "inference", "resuming"}),
     ("the package", {""}),
     ("measurement", {"bench", "doctor"}),
     ("command line", {"cli", "__main__"}),
