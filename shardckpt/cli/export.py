@@ -96,6 +96,76 @@ def export_torch(
     _conclude(done.written, done.path, done.bytes, done.source)
 
 
+@export.command("deepspeed")
+def export_deepspeed(
+    path: Place,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The directory for engine.load_checkpoint.")],
+    stage: Annotated[int, typer.Option("--stage", min=1, max=3, help="ZeRO stage of the engine that will load it.")],
+    world_size: Annotated[int, typer.Option("--world-size", min=1, metavar="N", help="Number of its ranks.")],
+    tag: Annotated[str | None, typer.Option("--tag", help="Name of the directory in OUT.  [default: global_step<N>]")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="What the engine computes with: bf16, fp16 or fp32; as it was by default."
+        ),
+    ] = None,
+    order: Annotated[
+        typer.FileText | None,
+        typer.Option(
+            "--order", metavar="FILE", help="Names of all parameters, one a line, as model.named_parameters() has them."
+        ),
+    ] = None,
+    key: ModelKey = "model",
+    optimizer_key: Annotated[
+        str, typer.Option("--optimizer-key", metavar="NAME", help="Where in the state the optimizer is.")
+    ] = "optimizer",
+    sub_group_size: Annotated[
+        int, typer.Option("--sub-group-size", min=1, help="As in the engine's configuration of stage 3.")
+    ] = 10**9,
+    round_robin: Annotated[
+        bool, typer.Option("--round-robin-gradients", help="As in the engine's configuration of stages 1 and 2.")
+    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a directory that DeepSpeed 0.19 resumes from; DeepSpeed need not be installed.
+
+    From checkpoints of DeepSpeed engines, and of any training that saved its model and optimizer; those do not tell in which
+    order parameters lie in their groups, so --order and --dtype are needed.
+
+    --json: {path, tag, source, step, stage, world_size, dtype, bytes, files: [{file, bytes}], notes, written}
+    """
+    from shardckpt.interop.export.deepspeed import export_deepspeed as run
+
+    stored = _open(path)
+    with progress_bar("writing", hidden=as_json or dry_run) as progress:
+        done = run(
+            stored,
+            out,
+            stage=stage,
+            world_size=world_size,
+            tag=tag,
+            dtype=None if dtype is None else parse_dtype(dtype),
+            order=None if order is None else order.read().split(),
+            key=key,
+            optimizer_key=optimizer_key,
+            sub_group_size=sub_group_size,
+            round_robin=round_robin,
+            replace=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        print_json(done)
+        return
+    for file in done.files:
+        say(f"{done.tag}/{file.file}  {size_text(file.bytes)}")
+    for note in done.notes:
+        say(f"taken for granted: {note}")
+    _conclude(done.written, done.path, done.bytes, done.source)
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``5GB`` (decimal) or ``5GiB`` (binary); ConfigError when it is none."""
     found = _SIZE.fullmatch(text.strip())

@@ -37,10 +37,10 @@ __all__ = [
     "Shard",
     "StridedShard",
     "cells_over",
+    "has_safetensors_code",
     "intersect",
     "intersect_boxes",
     "row_major_strides",
-    "has_safetensors_code",
     "safetensors_code",
     "window_boxes",
 ]
