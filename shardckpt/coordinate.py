@@ -256,7 +256,7 @@ class Coordinator:
             if self._group is not None:
                 drop_group(self._group)
                 self._group = None
-            if self.world_size > 1:
+            if self._wire.is_used:  # who never came has nobody to take leave of, and rank 0 may be gone
                 with contextlib.suppress(Lost):
                     self._wire.call(2 * GRACE_SECONDS, self._say_farewell)
                 self._wire.close()

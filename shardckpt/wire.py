@@ -43,9 +43,12 @@ class Wire:
         self._connect = connect
         self._tasks: queue.SimpleQueue[_Task] | None = None
         self._broken: str | None = None
+        self.is_used = False
+        """Whether there was any call."""
 
     def call(self, seconds: float, job: Callable[[Store], _T]) -> _T:
         """The result of ``job(store)``; raises `Lost` after ``seconds``, or when the connection breaks."""
+        self.is_used = True
         if self._broken is not None:
             raise Lost(self._broken)
         if self._tasks is None:

@@ -343,6 +343,13 @@ def test_a_round_inside_of_a_round_is_refused(ranks: RankPool) -> None:
     assert "'inner' cannot be agreed inside of another round" in ranks.run(2, nested)[0]
 
 
+def test_who_never_came_does_not_come_to_take_leave() -> None:
+    """Rank 0 may be gone: to look for it once more would hold up the end, and so the restart."""
+    dialled: list[int] = []
+    Coordinator(1, 2, 30.0, lambda: dialled.append(1)).close()
+    assert dialled == []
+
+
 def after_close() -> str:
     coordinator = Coordinator.connect(timeout=30)
     coordinator.close()
