@@ -107,7 +107,8 @@ class Network:
             (directory / file).write_text(text)
         self.switch = self._start("switch")
         self.hosts: dict[int, Space] = {}
-        self.switch.run("ip", "link", "add", "br0", "type", "bridge")
+        # an address of its own: else it has that of one of its ports, and another one when ports come and go
+        self.switch.run("ip", "link", "add", "br0", "address", "02:00:00:00:00:fe", "type", "bridge")
         self.switch.run("ip", "address", "add", f"{SWITCH}/24", "dev", "br0")
         self.switch.run("ip", "link", "set", "br0", "up")
         for number in range(size):
