@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import shardckpt
-from shardckpt.errors import CheckpointNotFound, ConfigError, MissingNames, StateError
+from shardckpt.errors import CheckpointNotFound, ConfigError, MissingNames, NotACheckpointRoot, StateError
 from shardckpt.integrations.deepspeed import attach
 from tests.deepspeed.engines import (
     SmallModel,
@@ -81,6 +81,8 @@ def load_tags(root: str, stage: int, known: tuple[Any, Any]) -> None:
         with pytest.raises(ConfigError, match="custom_load_fn"):
             engine.load_checkpoint(root, custom_load_fn=print)
         assert engine.load_checkpoint(f"{root}/empty") == (None, None)
+        engine.save_checkpoint(f"{root}/another")  # further directories close the ones that were used first
+        assert engine.load_checkpoint(root, "tag2")[0] == path.replace("step-00000001", "step-00000002")
 
 
 def load_parts(root: str, known: tuple[Any, Any]) -> None:
@@ -182,6 +184,21 @@ def refuse(root: str) -> None:
     attachment.detach()
     assert "save_checkpoint" not in vars(engine) and attachment.last is not None
     assert attachment.last.result().step == engine.global_steps == 1
+
+
+def save_as_deepspeed(root: str) -> None:
+    engine = make_engine(1)
+    engine.save_checkpoint(root)
+    with attach(engine, root) as attachment:
+        with pytest.raises(NotACheckpointRoot, match="which DeepSpeed wrote, and no checkpoint of shardckpt"):
+            engine.load_checkpoint(root)
+        with pytest.raises(NotACheckpointRoot):
+            engine.save_checkpoint(root)
+        assert attachment.last is None
+
+
+def test_directories_of_deepspeed_itself_are_not_mixed_with_others(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_as_deepspeed, str(tmp_path), timeout=200)
 
 
 def test_what_is_not_supported_is_refused(ranks: RankPool, tmp_path: Path) -> None:

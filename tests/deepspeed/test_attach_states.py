@@ -231,6 +231,7 @@ def load_for_use(root: str) -> list[Any]:
         engine, *_ = deepspeed.initialize(model=SmallModel(), config=settings)
         with attach(engine):
             assert engine.load_checkpoint(root)[0] is not None
+            engine.save_checkpoint(f"{root}/again-{stage}")
         found.append(computed_with(engine))
     return found
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ...adapters.owners import Received
 from ...checkpointer import Checkpointer
 from ...commit import read_manifest_bytes
-from ...errors import CheckpointNotFound, ConfigError, DtypeMismatch
+from ...errors import CheckpointNotFound, ConfigError, DtypeMismatch, NotACheckpointRoot
 from ...events import Event
 from ...handle import SaveHandle
 from ...loading import Restored
@@ -155,7 +155,8 @@ class Attachment:
         """As ``DeepSpeedEngine.load_checkpoint``: where the checkpoint is, and its client_state; (None, None) without one.
 
         Any number of ranks, any ZeRO stage. Without ``tag`` the newest one is loaded. Raises `CheckpointNotFound` for a tag
-        that is not there, `IntegrityError` for damage, and `TargetMismatch` when names, shapes or param groups do not fit.
+        that is not there, `IntegrityError` for damage, `TargetMismatch` when names, shapes or param groups do not fit, and
+        `NotACheckpointRoot` where DeepSpeed itself has saved.
         """
         if custom_load_fn is not None:
             raise ConfigError("custom_load_fn gets DeepSpeed's own files, which shardckpt does not write; leave it out")
@@ -236,6 +237,14 @@ def _find(checkpointer: Checkpointer, tag: str | None) -> _Choice:
     if tag is not None and tags:
         raise CheckpointNotFound(
             f"no checkpoint in {store.url} has the tag {tag!r}; there are {', '.join(tags[:8])}", tag=tag, tags=tags
+        )
+    foreign = next((entry.name for entry in store.list() if entry.name.endswith("_states.pt")), None) if not tags else None
+    if foreign is not None:
+        raise NotACheckpointRoot(
+            f"{store.url} holds {foreign!r}, which DeepSpeed wrote, and no checkpoint of shardckpt. Import it into a directory "
+            "of its own with 'shardckpt import deepspeed', and load that; or load it before attach()",
+            url=store.url,
+            found=foreign,
         )
     return _Choice(None, {})
 

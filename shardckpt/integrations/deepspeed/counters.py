@@ -41,7 +41,9 @@ def _names_in_order(engine: Any) -> list[str]:
     """Names of all parameters, those of each param group in the group's order: names alone do not tell it to an export."""
     names: dict[Any, str] = engine.param_names
     found = [getattr(engine.optimizer, groups, None) for groups in ("bit16_groups", "bf16_groups", "fp16_groups")]
-    groups = next(filter(None, found), None) or [group["params"] for group in engine.basic_optimizer.param_groups]
+    groups = next(filter(None, found), None) or [
+        group["params"] for group in getattr(engine.basic_optimizer, "param_groups", ())
+    ]
     ordered = [names[param] for group in groups for param in group]
     known = set(ordered)
     return [*ordered, *(name for name in names.values() if name not in known)]

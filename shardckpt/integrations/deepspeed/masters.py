@@ -205,6 +205,11 @@ class BF16Masters(FlatMasters):
 class ParameterPartitions(Masters):
     """ZeRO stage 3 without an optimizer: each parameter cut into equal parts for itself."""
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._cut: dict[Any, Slot] = {}
+        """By shape and process group: all ranks are listed in a layout, and few shapes are different."""
+
     @property
     def optimizer(self) -> Optimizer | None:
         return None
@@ -217,9 +222,12 @@ class ParameterPartitions(Masters):
 
     def slot(self, param: Any, base: int) -> Slot:
         """Where a parameter lies, from element ``base`` on of this rank's tensor."""
-        ranks, here = _ranks(param.ds_process_group)
-        slot = _slot(self.names[id(param)], param.ds_shape, 0, param.partition_numel(), ranks, here)
-        return replace(slot, offset=slot.offset + base)
+        key = (param.ds_shape, param.ds_process_group)
+        if key not in self._cut:
+            ranks, here = _ranks(param.ds_process_group)
+            self._cut[key] = _slot("", param.ds_shape, 0, param.partition_numel(), ranks, here)
+        slot = self._cut[key]
+        return replace(slot, fqn=self.names[id(param)], offset=slot.offset + base)
 
     def make_parameters(self) -> None:
         self.wrapper.partition_all_parameters()
