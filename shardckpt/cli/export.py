@@ -22,6 +22,22 @@ export = typer.Typer(no_args_is_help=True)
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what would be written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Put it in the place of what is there.")]
 ModelKey = Annotated[str, typer.Option("--key", metavar="NAME", help="Where in the state the model is.")]
+OptimizerKey = Annotated[str, typer.Option("--optimizer-key", metavar="NAME", help="Where in the state the optimizer is.")]
+Stage = Annotated[int, typer.Option("--stage", min=1, max=3, help="ZeRO stage of the engine that will load it.")]
+WorldSize = Annotated[int, typer.Option("--world-size", min=1, metavar="N", help="Number of its ranks.")]
+Tag = Annotated[str | None, typer.Option("--tag", help="Name of the directory in OUT.  [default: global_step<N>]")]
+EngineDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="What the engine computes with: bf16, fp16 or fp32; as it was by default."),
+]
+Order = Annotated[
+    typer.FileText | None,
+    typer.Option("--order", metavar="FILE", help="Names of all parameters, one a line, as model.named_parameters() has them."),
+]
+SubGroupSize = Annotated[int, typer.Option("--sub-group-size", min=1, help="As in the engine's configuration of stage 3.")]
+RoundRobin = Annotated[
+    bool, typer.Option("--round-robin-gradients", help="As in the engine's configuration of stages 1 and 2.")
+]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.ASCII | re.IGNORECASE)
 
@@ -100,31 +116,15 @@ def export_torch(
 def export_deepspeed(
     path: Place,
     out: Annotated[str, typer.Argument(metavar="OUT", help="The directory for engine.load_checkpoint.")],
-    stage: Annotated[int, typer.Option("--stage", min=1, max=3, help="ZeRO stage of the engine that will load it.")],
-    world_size: Annotated[int, typer.Option("--world-size", min=1, metavar="N", help="Number of its ranks.")],
-    tag: Annotated[str | None, typer.Option("--tag", help="Name of the directory in OUT.  [default: global_step<N>]")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="DTYPE", help="What the engine computes with: bf16, fp16 or fp32; as it was by default."
-        ),
-    ] = None,
-    order: Annotated[
-        typer.FileText | None,
-        typer.Option(
-            "--order", metavar="FILE", help="Names of all parameters, one a line, as model.named_parameters() has them."
-        ),
-    ] = None,
+    stage: Stage,
+    world_size: WorldSize,
+    tag: Tag = None,
+    dtype: EngineDtype = None,
+    order: Order = None,
     key: ModelKey = "model",
-    optimizer_key: Annotated[
-        str, typer.Option("--optimizer-key", metavar="NAME", help="Where in the state the optimizer is.")
-    ] = "optimizer",
-    sub_group_size: Annotated[
-        int, typer.Option("--sub-group-size", min=1, help="As in the engine's configuration of stage 3.")
-    ] = 10**9,
-    round_robin: Annotated[
-        bool, typer.Option("--round-robin-gradients", help="As in the engine's configuration of stages 1 and 2.")
-    ] = False,
+    optimizer_key: OptimizerKey = "optimizer",
+    sub_group_size: SubGroupSize = 10**9,
+    round_robin: RoundRobin = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -93,13 +93,8 @@ def export_deepspeed(
     counted = Counted(progress)
     with ContentReader(stored, counted.add) as reader:
         state = read_engine_state(stored, reader, order=order, model_key=key, optimizer_key=optimizer_key)
-        shape = Shape(
-            stage=stage,
-            world_size=world_size,
-            dtype=_dtype(dtype or state.counters.get("dtype")),
-            sub_group_size=sub_group_size,
-            round_robin=round_robin,
-        )
+        dtype = _dtype(dtype or state.counters.get("dtype"))
+        shape = Shape(stage, world_size, dtype, sub_group_size, round_robin)
         tag = _tag(tag or stored.checkpoint.manifest.metadata.get("deepspeed_tag"), state)
         for name in (tag, LATEST):
             require_free(os.path.join(path, name), replace=replace)
@@ -108,12 +103,7 @@ def export_deepspeed(
             for name, value in zero_files(state, shape)
         )
         if not dry_run:
-            with new_directory(os.path.join(path, tag), replace=replace) as directory:
-                for name, value in zero_files(state, shape):
-                    with directory.file(name) as file:
-                        write_torch_file(file, pickle_value(value), reader)
-            with new_file(os.path.join(path, LATEST), replace=replace) as file:
-                file.write(tag.encode())
+            _write(path, tag, state, shape, reader, replace=replace)
     return DeepSpeedExport(
         path=path,
         tag=tag,
@@ -121,12 +111,22 @@ def export_deepspeed(
         step=stored.checkpoint.manifest.step,
         stage=stage,
         world_size=world_size,
-        dtype=shape.dtype,
+        dtype=dtype,
         bytes=sum(file.bytes for file in files),
         files=files,
         notes=tuple(state.notes),
         written=not dry_run,
     )
+
+
+def _write(path: str, tag: str, state: EngineState, shape: Shape, reader: ContentReader, *, replace: bool) -> None:
+    with new_directory(os.path.join(path, tag), replace=replace) as directory:
+        for name, value in zero_files(state, shape):
+            with directory.file(name) as file:
+                write_torch_file(file, pickle_value(value), reader)
+    # last, so that it never names what is not there
+    with new_file(os.path.join(path, LATEST), replace=replace) as file:
+        file.write(tag.encode())
 
 
 def _dtype(name: str | None) -> str:

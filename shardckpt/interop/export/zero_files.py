@@ -43,7 +43,7 @@ _DYNAMIC = {
 """What DeepSpeed's configuration of fp16 defaults to."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Shape:
     """What kind of directory is wanted."""
 
