@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...adapters.base import is_plain
+from ...adapters.wrappers import strip_wrappers
 
 logger = logging.getLogger("shardckpt")
 
@@ -39,7 +40,7 @@ def counters_of(engine: Any) -> dict[str, Any]:
 
 def _names_in_order(engine: Any) -> list[str]:
     """Names of all parameters, those of each param group in the group's order: names alone do not tell it to an export."""
-    names: dict[Any, str] = engine.param_names
+    names: dict[Any, str] = {param: strip_wrappers(name) for param, name in engine.param_names.items()}
     found = [getattr(engine.optimizer, groups, None) for groups in ("bit16_groups", "bf16_groups", "fp16_groups")]
     groups = next(filter(None, found), None) or [
         group["params"] for group in getattr(engine.basic_optimizer, "param_groups", ())
