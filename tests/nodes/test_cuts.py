@@ -21,7 +21,7 @@ from tests.nodes.test_saves import LONG, a_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TIMEOUT = 6.0
+TIMEOUT = 8.0
 """Seconds after which ranks give up. All of them are at their gates when the cable is pulled out."""
 LANES = ("tables", "writing", "receipt", "background", "process", "restore", "commit")
 """Phases of a save, each with a checkpointer of its own, that are cut off all at once; and a restore."""
