@@ -42,6 +42,6 @@ def test_on_two_ranks(ranks: RankPool, sites: dict[str, str], name: str, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_from_two_ranks_to_three_and_one(ranks: RankPool, sites: dict[str, str], name: str, tmp_path: Path) -> None:
-    expected = ranks.run(2, save_one, name, sites.get(name), str(tmp_path), timeout=120)[0]
+    expected = ranks.run(2, save_one, name, sites.get(name), str(tmp_path), timeout=200)[0]
     assert ranks.run(3, load_one, name, sites.get(name), str(tmp_path), expected, timeout=120) == [[], [], []]
     assert load_one(name, sites.get(name), str(tmp_path), expected) == []

@@ -206,4 +206,4 @@ def make_configs() -> None:
 
 
 def test_meshes_that_do_not_fit_are_refused(ranks: RankPool) -> None:
-    ranks.run(2, make_configs)
+    ranks.run(2, make_configs, timeout=120)
