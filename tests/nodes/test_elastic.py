@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job of torchrun with ``--nnodes=1:3`` loses a node in the middle of a save, again and again, and goes on by itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import shardckpt
+from tests.engine.waiting import until
+from tests.nodes.cluster import PATIENCE, Launcher
+from tests.nodes.network import Network, why_not
+from tests.nodes.train import BATCH, SAMPLES, build, gradients
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+_PAUSE = 0.1
+SCRIPT = Path(__file__).with_name("train.py")
+# The others take a node for dead after 10 s without a sign of life, and wait 4 s for more nodes when they have met.
+CONF = {"last_call_timeout": 4, "keep_alive_interval": 1, "keep_alive_max_attempt": 10}
+
+
+class Job:
+    """A job with an agent on each node, and what it has written down."""
+
+    def __init__(self, network: Network, launcher: Launcher, directory: Path) -> None:
+        self.network = network
+        self.directory = directory
+        self._launcher = launcher
+        self._agents: dict[int, subprocess.Popen[bytes]] = {}
+        self._cut: dict[int, subprocess.Popen[bytes]] = {}
+        for number in network.hosts:
+            self.join(number)
+
+    def join(self, number: int) -> None:
+        """Start the agent of a node."""
+        host = self.network.hosts[number]
+        self._agents[number] = self._launcher.start(
+            host, SCRIPT, str(self.directory), job="elastic", nnodes="1:3", restarts=100, conf=CONF
+        )
+
+    def cut(self, number: int) -> None:
+        """Cut a node off; whatever its agent makes of that."""
+        self._cut[number] = self._agents.pop(number)
+        self.network.cut(number)
+
+    def leave(self, number: int) -> None:
+        """Kill a node, and start it again without its agent."""
+        agent = self._agents.pop(number, None) or self._cut.pop(number)
+        self.network.kill(number)
+        agent.wait(60)
+        self.network.boot(number)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait, as long as all agents are there."""
+
+        def holds() -> bool:
+            # looking costs time that the job needs
+            time.sleep(_PAUSE)
+            ended = {number: agent.returncode for number, agent in self._agents.items() if agent.poll() is not None}
+            if any(ended.values()):
+                raise AssertionError(f"agents ended: {ended}\n{self._launcher.output()}")
+            return condition()
+
+        until(holds, PATIENCE)
+
+    def until_training(self, ranks: int) -> None:
+        """Wait until the newest start is one of so many ranks, and has saved."""
+
+        def is_training() -> bool:
+            starts = self.starts()
+            if not starts or starts[-1]["ranks"] != ranks:
+                return False
+            return "saved" in self._log(len(starts) - 1, 0)
+
+        self.until(is_training)
+
+    def ambush(self, name: str, phase: str, ranks: int) -> Path:
+        """Have the next save of three ranks stopped in a phase; returns when so many ranks are at the gate."""
+        order = self.directory / "ambush"
+        order.with_suffix(".new").write_text(json.dumps({"name": name, "phase": phase}))
+        order.with_suffix(".new").rename(order)
+        found: list[Path] = []
+
+        def is_reached() -> bool:
+            places = (self.directory / name).glob("*")
+            found[:] = [place for place in places if len(list(place.glob(f"{phase}.reached-*"))) >= ranks]
+            return bool(found)
+
+        self.until(is_reached)
+        order.unlink()
+        return found[0]
+
+    def end(self) -> None:
+        """Have it save once more, and end."""
+        (self.directory / "stop").touch()
+        self.until(lambda: all(agent.poll() == 0 for agent in self._agents.values()))
+
+    def starts(self) -> list[dict[str, int]]:
+        """Ranks and first step of each start."""
+        count = len(list(self.directory.glob("start-*")))
+        return [json.loads((self.directory / f"start-{number}").read_text()) for number in range(count)]
+
+    def _log(self, start: int, rank: int) -> str:
+        file = self.directory / f"steps-{start}-{rank}"
+        return file.read_text() if file.exists() else ""
+
+    def steps(self, start: int) -> dict[int, list[tuple[float, list[int]]]]:
+        """By step of a start: loss and samples of each rank that has come to it."""
+        found: dict[int, list[tuple[float, list[int]]]] = {}
+        for rank in range(self.starts()[start]["ranks"]):
+            for line in self._log(start, rank).splitlines():
+                step, *rest = line.split()
+                if step != "saved":
+                    found.setdefault(int(step), []).append((float(rest[0]), list(map(int, rest[1:]))))
+        return found
+
+    def saved(self, start: int) -> list[int]:
+        """The steps that rank 0 of a start was told to be durable."""
+        return [int(line.split()[1]) for line in self._log(start, 0).splitlines() if line.startswith("saved")]
+
+    def close(self) -> None:
+        """Kill it."""
+        for agent in [*self._agents.values(), *self._cut.values()]:
+            agent.kill()
+            agent.wait(60)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    network = Network(3, tmp_path)
+    try:
+        launcher = Launcher(network, tmp_path)
+        directory = tmp_path / "job"
+        directory.mkdir()
+        job = Job(network, launcher, directory)
+        yield job
+        job.close()
+        launcher.close()
+    finally:
+        network.close()
+
+
+def reference(steps: int) -> dict[int, tuple[float, list[int]]]:
+    """Loss and samples of each step of the same job on one rank that nothing happens to."""
+    model, optimizer = build()
+    sampler = shardckpt.ElasticSampler(SAMPLES, BATCH, seed=1, rank=0, world_size=1)
+    found = {}
+    for step, batch in zip(range(1, steps + 1), sampler.track(sampler, repeat=True), strict=False):
+        found[step] = (gradients(model, batch).item(), batch)
+        optimizer.step()
+    return found
+
+
+def require_nothing_lost_or_twice(job: Job) -> None:
+    """What counts of each step is what the last start did that came to it: the samples and losses of an undisturbed run."""
+    starts = job.starts()
+    done: dict[int, list[tuple[float, list[int]]]] = {}
+    durable = 0
+    for number, start in enumerate(starts):
+        # what was reported as durable is never done again, and nothing is left out
+        assert durable < start["first"] <= max(done, default=0) + 1
+        done.update(job.steps(number))
+        durable = max([durable, *job.saved(number)])
+    expected = reference(max(done))
+    assert sorted(done) == sorted(expected)
+    for step, (loss, batch) in expected.items():
+        assert sorted(sample for _, part in done[step] for sample in part) == sorted(batch), step
+        for found, _ in done[step]:
+            assert found == pytest.approx(loss, rel=1e-3, abs=1e-6), step
+    with shardckpt.Checkpointer(job.directory / "run") as ckpt:
+        assert ckpt.steps()[-1] == max(done) == durable
+
+
+def test_nodes_that_die_in_a_save_and_come_back(job: Job) -> None:
+    job.until_training(3)
+    # phase, how many ranks come to it, which node goes, and whether its cable goes first, so that nobody hears of its end
+    for phase, ranks, victim, silently in (("writing", 3, 2, False), ("commit", 1, 0, False), ("receipt", 3, 1, True)):
+        place = job.ambush(phase, phase, ranks)
+        step = int(place.name)
+        if silently:
+            job.cut(victim)
+        else:
+            job.leave(victim)
+        (place / f"{phase}.open").touch()
+        left = [rank for rank in range(3) if rank != victim or silently]
+        job.until(lambda place=place, left=left: all((place / f"named-{rank}").exists() for rank in left))  # type: ignore[misc]
+        named = {rank: json.loads((place / f"named-{rank}").read_text()) for rank in left}
+        assert named == {rank: [0] if rank == victim else [victim] for rank in left}
+        assert not list((job.directory / "run" / f"step-{step:08}").glob("manifest.json"))
+        (place / "told.open").touch()
+        job.until_training(2)
+        if silently:
+            job.leave(victim)
+        job.join(victim)
+        job.until_training(3)
+    job.end()
+    require_nothing_lost_or_twice(job)
