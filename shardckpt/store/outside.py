@@ -125,7 +125,8 @@ def new_directory(path: str, *, replace: bool = False, fs: FileSystem = OPERATIN
     directories.make(temporary)
     try:
         yield OutDirectory(fs, temporary)
-        _sync_all(fs, Directories(fs, temporary), temporary)
+        with explained("flush", temporary):
+            _sync_all(fs, Directories(fs, temporary), temporary)
         _put_in_place(fs, temporary, path)
     finally:
         _remove(fs, temporary)
