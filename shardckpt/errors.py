@@ -19,11 +19,14 @@
     |-- IntegrityError              what is stored is not what was saved
     |   |-- InvalidManifest         the manifest breaks the format
     |   |   `-- UnsupportedVersion  the manifest is from a newer version, or needs an unknown feature
+    |   |-- InvalidForeignCheckpoint  files of another program's checkpoint are damaged, or do not fit together
     |   |-- InvalidParity           the record of a checkpoint's parity files breaks the format, or is of another checkpoint
     |   |-- ChecksumMismatch        data does not match its digest
     |   |-- TruncatedFile           a file is shorter than what the manifest says
     |   |-- MissingFile             a file that the manifest names is not there
     |   `-- DigestRefused           the manifest is not the one that ``expect_digest`` asked for
+    |-- UnsupportedForeignCheckpoint  a checkpoint of another program that is not read (experts, pipelines, old files)
+    |   `-- UnsupportedPickle       a pickle names a class that is not listed, or breaks the limits
     |-- ExportRefused               the checkpoint does not hold what an export needs, or holds what its format cannot
     |-- CheckpointNotFound          nothing committed at this place
     |   `-- CheckpointRemoved       what was committed there was removed while it was read
@@ -139,6 +142,10 @@ class UnsupportedVersion(InvalidManifest):
     """The manifest is from a newer version of shardckpt, or needs a feature that this one does not know."""
 
 
+class InvalidForeignCheckpoint(IntegrityError):
+    """Files of another program's checkpoint are damaged, or do not fit together."""
+
+
 class InvalidParity(IntegrityError):
     """The record of a checkpoint's parity files breaks the format or belongs to another checkpoint; the data may be intact."""
 
@@ -157,6 +164,14 @@ class MissingFile(IntegrityError):
 
 class DigestRefused(IntegrityError):
     """The manifest's SHA-256 is not the one that was expected."""
+
+
+class UnsupportedForeignCheckpoint(CheckpointError):
+    """A checkpoint of another program holds what is not read; the message says what, and what to do."""
+
+
+class UnsupportedPickle(UnsupportedForeignCheckpoint):
+    """A pickle names a class that is not listed (detail ``refused``), or breaks a limit; nothing of it was called."""
 
 
 class ExportRefused(CheckpointError):

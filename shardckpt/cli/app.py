@@ -16,6 +16,7 @@ from .diff import diff
 from .digest import digest
 from .doctor import doctor
 from .export import export
+from .import_ import import_
 from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
@@ -64,6 +65,7 @@ app = typer.Typer(
 for command in (ls, show, verify, repair, digest, diff, prune, doctor):
     app.command()(command)
 
+app.add_typer(import_, name="import", help="Read checkpoints of other programs.")
 app.add_typer(export, name="export", help="Write a checkpoint as files of other programs.")
 app.add_typer(
     typer.Typer(cls=LateBench, no_args_is_help=True),
