@@ -358,7 +358,7 @@ class Checkpointer:
         if restored is not None:
             self._fencing.resumed(restored.step)
         if self._coordinator.rank == 0:
-            before = f"step {restored.step}, saved by {restored.info.world_size}" if restored else "nothing"
+            before = f"step {restored.step} of {restored.info.world_size} ranks" if restored else "nothing"
             start_logger().info("%s: resumes from %s, goes on with %d ranks", self.url, before, self._coordinator.world_size)
 
     def _surface(self) -> None:

@@ -21,6 +21,7 @@ from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
 from .repair import repair
+from .run import Front, run
 from .show import show
 from .verify import verify
 
@@ -64,6 +65,7 @@ app = typer.Typer(
 )
 for command in (ls, show, verify, repair, digest, diff, prune, doctor):
     app.command()(command)
+app.command(cls=Front, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(run)
 
 app.add_typer(import_, name="import", help="Read checkpoints of other programs.")
 app.add_typer(export, name="export", help="Write a checkpoint as files of other programs.")
