@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmark beside DeepSpeed: saves at each stage, its conversion in processes of its own, loads on fewer ranks."""
+"""Runs the benchmark beside DeepSpeed: saves at each stage, conversions in processes of their own, loads on fewer ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from .deepspeed_contest import THEIRS, EngineJob, folders, load_turns, save_turns, tag_of
+from .deepspeed_contest import OURS, THEIRS, EngineJob, folders, load_turns, save_turns, tag_of
 from .deepspeed_report import (
     Conversion,
     EngineLine,
     EngineReport,
     compare,
-    line_of_conversions,
+    lines_of_conversions,
     lines_of_loads,
     lines_of_saves,
 )
@@ -34,7 +34,7 @@ _PAUSE_SECONDS = 0.05
 
 
 def measure_deepspeed(spec: DeepSpeedSpec, folder: str = ".", on_progress: OnProgress = ignore_progress) -> EngineReport:
-    """Save and resume, each beside DeepSpeed, which has to convert first. Files go under ``folder``, and are removed.
+    """Save, convert, import and resume, each beside DeepSpeed. Files go under ``folder``, and are removed.
 
     Raises `ConfigError` without DeepSpeed, `BenchmarkFailed` when we do not give back what was saved, or a command fails.
     """
@@ -49,7 +49,7 @@ def measure_deepspeed(spec: DeepSpeedSpec, folder: str = ".", on_progress: OnPro
         job = EngineJob(folder=scratch, nbytes=spec.nbytes, stage=3, rounds=spec.rounds, universal=universal)
         for ranks in sorted({spec.ranks, spec.to_ranks}, reverse=True):
             lines += lines_of_loads(ranks, run_ranks(ranks, load_turns, job, on_progress)[0])
-        lines.append(line_of_conversions(conversions))
+        lines += lines_of_conversions(conversions)
         return EngineReport(
             machine=describe_machine(scratch),
             deepspeed=version,
@@ -64,20 +64,30 @@ def measure_deepspeed(spec: DeepSpeedSpec, folder: str = ".", on_progress: OnPro
 
 
 def _convert(spec: DeepSpeedSpec, scratch: str, on_progress: OnProgress) -> tuple[str, list[Conversion]]:
-    """Run DeepSpeed's conversion; the tag of what it has left, and all runs."""
+    """Run DeepSpeed's conversion and our import, in turns; the tag of what the former has left, and all runs."""
     _, theirs = folders(scratch)
-    source, universal = os.path.join(theirs, tag_of(spec.rounds)), os.path.join(theirs, "universal")
+    source, universal, imported = (
+        os.path.join(theirs, tag_of(spec.rounds)),
+        os.path.join(theirs, "universal"),
+        os.path.join(scratch, "imported"),
+    )
     module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    commands = {
+        THEIRS: (universal, [*module, "--input_folder", source, "--output_folder", universal]),
+        OURS: (imported, [sys.executable, "-m", "shardckpt", "import", "deepspeed", theirs, imported]),
+    }
     runs = []
     for number in range(spec.rounds):
-        on_progress(Progress(number, spec.rounds, f"round {number + 1}: {THEIRS} converts"))
-        shutil.rmtree(universal, ignore_errors=True)
-        os.sync()
-        runs.append(_run([*module, "--input_folder", source, "--output_folder", universal], source, universal))
+        for at, (who, (target, command)) in enumerate(commands.items()):
+            on_progress(Progress(2 * number + at, 2 * spec.rounds, f"round {number + 1}: {who} converts"))
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            runs.append(_run(who, command, source, target))
+    shutil.rmtree(imported)
     return os.path.basename(universal), runs
 
 
-def _run(command: Sequence[str], source: str, target: str) -> Conversion:
+def _run(who: str, command: Sequence[str], source: str, target: str) -> Conversion:
     before = memory_now()
     begun = perf_counter()
     with MemoryWatch() as memory, _DiskWatch(target) as disk:
@@ -88,7 +98,7 @@ def _run(command: Sequence[str], source: str, target: str) -> Conversion:
         raise BenchmarkFailed(
             f"{' '.join(command)} ended with status {done.returncode}: {(done.stderr or done.stdout)[-2000:]}"
         )
-    return Conversion(seconds, memory.peak - before, disk.peak / _bytes_under(source))
+    return Conversion(who, seconds, memory.peak - before, disk.peak / _bytes_under(source))
 
 
 class _DiskWatch:

@@ -11,9 +11,6 @@ from .async_report import Bar
 from .deepspeed_contest import FLUSHED, OURS, THEIRS, EngineOutcome
 from .machine import Machine
 
-CONVERSION = "ds_to_universal"
-"""What DeepSpeed has to do before it resumes on another number of ranks."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLine:
@@ -41,8 +38,10 @@ class EngineLine:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One run of DeepSpeed's command that makes a checkpoint loadable on another number of ranks."""
+    """One run of a command that converts what DeepSpeed has saved."""
 
+    who: str
+    """Whose command."""
     seconds: float
     """Wall time of the whole command."""
     memory: int
@@ -53,7 +52,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReport:
-    """Saves and resumes beside DeepSpeed."""
+    """Saves, resumes and imports beside DeepSpeed."""
 
     benchmark: str = "deepspeed"
     """Always ``deepspeed``."""
@@ -106,24 +105,30 @@ def lines_of_loads(ranks: int, outcome: EngineOutcome) -> list[EngineLine]:
     return lines
 
 
-def line_of_conversions(runs: Sequence[Conversion]) -> EngineLine:
-    """DeepSpeed's conversion."""
-    seconds = tuple(run.seconds for run in runs)
-    return EngineLine(
-        what=CONVERSION,
-        who=THEIRS,
-        seconds=seconds,
-        median_s=median(seconds),
-        memory_bytes=int(median([run.memory for run in runs])),
-        extra_disk=max(run.disk for run in runs),
-    )
+def lines_of_conversions(conversions: Sequence[Conversion]) -> list[EngineLine]:
+    """DeepSpeed's conversion, and our import."""
+    lines = []
+    for who, what in ((OURS, "import"), (THEIRS, "ds_to_universal")):
+        runs = [run for run in conversions if run.who == who]
+        seconds = tuple(run.seconds for run in runs)
+        lines.append(
+            EngineLine(
+                what=what,
+                who=who,
+                seconds=seconds,
+                median_s=median(seconds),
+                memory_bytes=int(median([run.memory for run in runs])),
+                extra_disk=max(run.disk for run in runs),
+            )
+        )
+    return lines
 
 
 def compare(lines: Sequence[EngineLine], ranks: int, to_ranks: int) -> list[Bar]:
     """The figures that are to be reached."""
     found = {(line.what, line.who): line for line in lines}
     bars = [Bar(f"s to resume at stage 3, {ranks} to {to_ranks} ranks", OURS, found[f"load on {to_ranks}", OURS].median_s, 1.5)]
-    theirs = found[f"load on {to_ranks}", THEIRS].median_s + found[CONVERSION, THEIRS].median_s
+    theirs = found[f"load on {to_ranks}", THEIRS].median_s + found["ds_to_universal", THEIRS].median_s
     bars.append(Bar(f"s to resume at stage 3, {ranks} to {to_ranks} ranks", f"{THEIRS}, converted first", theirs, None))
     for number in sorted({ranks, to_ranks}, reverse=True):
         for who, most in ((OURS, 1.05), (THEIRS, None)):
@@ -135,4 +140,9 @@ def compare(lines: Sequence[EngineLine], ranks: int, to_ranks: int) -> list[Bar]
         ours = found[what, OURS].median_s
         bars.append(Bar(f"durable save / {THEIRS}'s, stage {stage}", OURS, ours / found[what, THEIRS].median_s, 0.6))
         bars.append(Bar(f"durable save / {FLUSHED}, stage {stage}", OURS, ours / found[what, FLUSHED].median_s, None))
+    for what, who, limits in (("import", OURS, (0.5, 1.0)), ("ds_to_universal", THEIRS, (None, None))):
+        line = found[what, who]
+        if line.memory_bytes is not None and line.extra_disk is not None:
+            bars.append(Bar(f"{what}: GB of memory", who, line.memory_bytes / 1e9, limits[0]))
+            bars.append(Bar(f"{what}: extra disk / source", who, line.extra_disk, limits[1]))
     return bars

@@ -96,7 +96,7 @@ class AsyncSpec(SaveSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepSpeedSpec(SaveSpec):
-    """Saves of DeepSpeed engines, and resumes on another number of ranks."""
+    """Saves of DeepSpeed engines, resumes on another number of ranks, and imports."""
 
     nbytes: int = 1_212_000_000
     """Size of masters and moments of all ranks together: of 101 M parameters."""

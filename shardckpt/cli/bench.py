@@ -147,7 +147,7 @@ def beside_deepspeed(
     directory: Folder = ".",
     as_json: AsJson = False,
 ) -> None:
-    """DeepSpeed's engines: saves at ZeRO 1, 2 and 3, and resumes on other numbers of ranks; checked bit by bit.
+    """DeepSpeed's engines: saves at ZeRO 1, 2 and 3, resumes on other numbers of ranks, imports; checked bit by bit.
 
     The default size is that of the masters and moments of 101 M parameters. DeepSpeed takes its turns; it has to be installed.
     """

@@ -8,7 +8,7 @@ import pytest
 from shardckpt import ConfigError
 from shardckpt.bench import DeepSpeedSpec
 from shardckpt.bench.deepspeed_contest import FLUSHED, OURS, THEIRS, EngineOutcome, EngineTurn
-from shardckpt.bench.deepspeed_report import Conversion, compare, line_of_conversions, lines_of_loads, lines_of_saves
+from shardckpt.bench.deepspeed_report import Conversion, compare, lines_of_conversions, lines_of_loads, lines_of_saves
 from shardckpt.bench.deepspeed_workload import require_deepspeed
 
 
@@ -34,10 +34,12 @@ def loads(ours: int, theirs: int) -> EngineOutcome:
 def test_medians_become_figures_beside_their_bars() -> None:
     lines = [line for stage in (1, 2, 3) for line in lines_of_saves(stage, saves(stage / 2))]
     lines += [*lines_of_loads(4, loads(1020, 5000)), *lines_of_loads(2, loads(1100, 2500))]
-    lines.append(
-        line_of_conversions([Conversion(10.0, memory, disk) for memory, disk in ((5, 2.0), (1850, 2.25), (2000, 2.1))])
+    lines += lines_of_conversions(
+        [
+            *(Conversion(OURS, 2.0, memory, 0.75) for memory in (400_000_000, 300_000_000, 900_000_000)),
+            *(Conversion(THEIRS, 10.0, 1_850_000_000, disk) for disk in (2.0, 2.25, 2.1)),
+        ]
     )
-    assert (lines[-1].memory_bytes, lines[-1].extra_disk) == (1850, 2.25)
     assert [(bar.name, bar.contestant, bar.found, bar.at_most) for bar in compare(lines, 4, 2)] == [
         ("s to resume at stage 3, 4 to 2 ranks", OURS, 1.25, 1.5),
         ("s to resume at stage 3, 4 to 2 ranks", f"{THEIRS}, converted first", 12.0, None),
@@ -51,6 +53,10 @@ def test_medians_become_figures_beside_their_bars() -> None:
         ("durable save / DeepSpeed + fsync, stage 2", OURS, 0.25, None),
         ("durable save / DeepSpeed's, stage 3", OURS, 0.75, 0.6),
         ("durable save / DeepSpeed + fsync, stage 3", OURS, 0.375, None),
+        ("import: GB of memory", OURS, 0.4, 0.5),
+        ("import: extra disk / source", OURS, 0.75, 1.0),
+        ("ds_to_universal: GB of memory", THEIRS, 1.85, None),
+        ("ds_to_universal: extra disk / source", THEIRS, 2.25, None),
     ]
     wrong = {line.who: line.wrong for line in lines if line.what == "load on 2"}
     assert wrong == {OURS: (), THEIRS: ("embed (3 elements)",)}
