@@ -29,9 +29,9 @@ def test_bench_deepspeed(tmp_path: Path) -> None:
     loads = [("load on 2", who) for who in WHO]
     assert list(lines) == [*saves, *loads, ("import", "shardckpt"), ("ds_to_universal", "DeepSpeed")]
     assert all(line["wrong"] == [] and len(line["seconds"]) == 1 for line in lines.values())
-    assert 1 <= lines["load on 2", "shardckpt"]["times_ideal"] <= 1.05
+    # of so little, manifests are a larger part, and so is what Python reads to import a module
+    assert 1 <= lines["load on 2", "shardckpt"]["times_ideal"] < 1.2
     assert lines["load on 2", "DeepSpeed"]["times_ideal"] > 2
-    # of so little, the manifest is a larger part
     assert 0.9 < lines["import", "shardckpt"]["extra_disk"] < 1.05
     assert lines["ds_to_universal", "DeepSpeed"]["extra_disk"] > 1.5
     assert list(tmp_path.iterdir()) == []
