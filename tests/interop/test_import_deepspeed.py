@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -54,7 +55,29 @@ def write(place: str, variant: str) -> tuple[dict[str, Tensor], dict[str, dict[s
     engine = make_engine(stage, dtype, scheduler=schedule, **zero)
     train(engine, first=0, count=3)
     engine.save_checkpoint(place, tag="third", client_state={"epoch": 7, "rng": torch.arange(5, dtype=torch.uint8)})
+    if "round_robin_gradients" in zero:
+        return in_flat_order(engine)
     return masters(engine), moments(engine)
+
+
+def in_flat_order(engine: Any) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """As `masters` and `moments`: with round_robin_gradients, DeepSpeed's own addresses of masters are of another order."""
+    weights, states = {}, {}
+    inner = engine.optimizer
+    for params, flat in zip(inner.round_robin_bit16_groups, inner.single_partition_of_fp32_groups, strict=True):
+        mine = {"fp32": flat.detach(), **inner.optimizer.state[flat]}
+        parts: list[Any] = [None] * WORLD
+        dist.all_gather_object(parts, {key: value for key, value in mine.items() if value.dim()})
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        at = 0
+        for param in params:
+            found = {key: value[at : at + param.numel()].view(param.shape) for key, value in whole.items()}
+            assert torch.equal(found["fp32"].to(param.dtype), param)
+            name = engine.param_names[param]
+            weights[name] = found.pop("fp32")
+            states[name] = found
+            at += param.numel()
+    return weights, states
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
