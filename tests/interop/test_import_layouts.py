@@ -150,6 +150,15 @@ def test_other_kinds_of_parallelism_are_refused_by_name(tmp_path: Path, name: st
         load(tmp_path, tag="tag")
 
 
+@pytest.mark.parametrize("inner", [{}, {"single_partition_of_fp32_groups": [1]}, {"partition_count": "x"}, [], None])
+def test_partitions_of_other_shapes_are_refused(tmp_path: Path, inner: Any) -> None:
+    write_model(tmp_path / "tag")
+    for rank in range(WORLD):
+        torch.save({"optimizer_state_dict": inner}, tmp_path / "tag" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    with pytest.raises(InvalidForeignCheckpoint):
+        load(tmp_path, tag="tag")
+
+
 def test_training_without_zero_is_refused_with_the_remedy(tmp_path: Path) -> None:
     write_model(tmp_path / "tag")
     with pytest.raises(UnsupportedForeignCheckpoint, match="ZeRO stage 1"):

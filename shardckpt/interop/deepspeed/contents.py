@@ -13,7 +13,7 @@ import torch
 from ...adapters.base import container_of, is_value_leaf
 from ...adapters.optimizer import NOT_STORED, group_name
 from ...adapters.wrappers import strip_wrappers
-from ...errors import InvalidForeignCheckpoint, UnsupportedForeignCheckpoint
+from ...errors import CheckpointError, InvalidForeignCheckpoint, UnsupportedForeignCheckpoint
 from ...store import Store
 from ...tree import child
 from .arrays import Array, Slice, array_of, assemble
@@ -55,6 +55,17 @@ class Contents:
 def read_contents(store: Store, tag: str | None = None) -> Contents:
     """Read all descriptions, and no tensor. Raises what `directory`, `zero` and `pickles` raise."""
     files = open_directory(store, tag)
+    try:
+        return _read(files)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise InvalidForeignCheckpoint(
+            f"{files.place}: its files do not hold what DeepSpeed writes ({type(error).__name__}: {error}). Import another tag"
+        ) from error
+
+
+def _read(files: Files) -> Contents:
     model = files.read(files.model[0])
     _require_plain(files, model)
     if not files.optimizer and not files.is_universal:
