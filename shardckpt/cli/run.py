@@ -51,11 +51,11 @@ def run(
     """
     if not context.obj:
         raise ConfigError("write -- before the script: shardckpt run --nproc-per-node 2 -- train.py ...")
-    os.environ.update(_environment(root, timeout, preempt))
+    os.environ.update(handed_over(root, timeout, preempt))
     raise typer.Exit(launch([*context.args, *context.obj]))
 
 
-def _environment(root: str | None, timeout: float | None, preempt: str | None) -> dict[str, str]:
+def handed_over(root: str | None, timeout: float | None, preempt: str | None) -> dict[str, str]:
     """What the script gets to see."""
     names = {ANNOUNCE: os.environ.get(ANNOUNCE, "1")}
     if root is not None:

@@ -20,7 +20,9 @@ from shardckpt.finish import Job
 from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.store import LocalStore, MemoryStore, Store
 from tests.engine.stores import Gate, a_state, equal, files, loaded
-from tests.engine.waiting import PATIENCE, InThread
+from tests.engine.waiting import InThread
+
+PATIENCE = 120.0
 
 
 class PublishGate(LocalStore):

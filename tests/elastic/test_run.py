@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shardckpt.cli.run import handed_over
 from shardckpt.environment import default_root, default_signals, default_timeout, run_name
 from shardckpt.errors import ConfigError
 from shardckpt.options import Options
@@ -49,6 +50,15 @@ def test_wrong_usage() -> None:
     done = run("run", "--signal", "NONSENSE", "--", "train.py")
     assert done.status == 2
     assert "--signal='NONSENSE'" in done.err
+
+
+def test_what_the_script_gets_to_see() -> None:
+    assert handed_over(None, None, None) == {"SHARDCKPT_ANNOUNCE": "1"}
+    names = handed_over("run", 30.0, "USR1")
+    assert names["SHARDCKPT_ROOT"] == os.path.abspath("run")
+    assert handed_over("s3://bucket/run", None, None)["SHARDCKPT_ROOT"] == "s3://bucket/run"
+    assert (default_timeout(names), default_signals(names)) == (30.0, (signal.SIGUSR1,))
+    assert names["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def ended(command: list[str], root: Path | None = None) -> tuple[int, str]:
