@@ -17,6 +17,9 @@ from shardckpt.errors import ConfigError
 from .output import complain
 
 _SIGNALS_OF_TORCHRUN = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Torchrun's agent otherwise has one store for all starts, without prefixes (torch 2.13): a rank of the next start may read the
+address that a rank of the last one has left there, which refuses it, and the restart fails."""
 
 
 class Front(TyperCommand):
@@ -57,7 +60,7 @@ def run(
 
 def handed_over(root: str | None, timeout: float | None, preempt: str | None) -> dict[str, str]:
     """What the script gets to see."""
-    names = {ANNOUNCE: os.environ.get(ANNOUNCE, "1")}
+    names = {ANNOUNCE: os.environ.get(ANNOUNCE, "1"), _OWN_STORE: os.environ.get(_OWN_STORE, "1")}
     if root is not None:
         # ranks may run in another directory, but not where a URL says
         names[ROOT] = root if "://" in root else os.path.abspath(root)

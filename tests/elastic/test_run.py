@@ -53,7 +53,7 @@ def test_wrong_usage() -> None:
 
 
 def test_what_the_script_gets_to_see() -> None:
-    assert handed_over(None, None, None) == {"SHARDCKPT_ANNOUNCE": "1"}
+    assert handed_over(None, None, None) == {"SHARDCKPT_ANNOUNCE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     names = handed_over("run", 30.0, "USR1")
     assert names["SHARDCKPT_ROOT"] == os.path.abspath("run")
     assert handed_over("s3://bucket/run", None, None)["SHARDCKPT_ROOT"] == "s3://bucket/run"
