@@ -109,6 +109,8 @@ class Prepared:
         self.plan = plan
         self.data = FileData(plan.where, tensors)
         """What goes into this rank's file."""
+        self.source: LiveSource | None = None
+        """What was written, when it was written straight from the state."""
         self._require_sound = require_sound
         self._verify = verify
         self._fence = fence
@@ -196,11 +198,11 @@ class Saver:
         """Write the parity of a save that is durable, if there is to be one. Collective; failures are logged."""
         if self.parity_group is not None:
             committed, workers = prepared.committed(saved.digest), self._options.workers
-            protect(self._coordinator, self._store, committed, self.parity_group, workers=workers)
+            protect(self._coordinator, self._store, committed, self.parity_group, workers=workers, source=prepared.source)
 
     def finish(self, prepared: Prepared, timings: Timings) -> Saved:
         """Write straight from the state's tensors, and commit. Collective."""
-        source = LiveSource(prepared.data, prepared.plan.chunk, self._options.workers, prepared.sample)
+        source = prepared.source = LiveSource(prepared.data, prepared.plan.chunk, self._options.workers, prepared.sample)
         job, workers = prepared.make_job(), self._options.workers
         digest = finish_save(job, source, self._store, self._coordinator, workers=workers, timings=timings)
         return prepared.describe(self._store, digest)
