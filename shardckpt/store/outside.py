@@ -116,7 +116,7 @@ def new_directory(path: str, *, replace: bool = False, fs: FileSystem = OPERATIN
     """The directory ``path``, filled in the block; it appears, durable, when the block ends without an error.
 
     Raises `AlreadyExists` when something is there that is not an empty directory, unless ``replace`` says to put the new one
-    in its place, and `StoreError`. The old one goes only when the new one is there.
+    in its place, and `StoreError`. The old one is moved aside, and removed when the new one is durable in its place.
     """
     path = os.path.abspath(path)
     require_free(path, replace=replace, fs=fs)
@@ -127,10 +127,12 @@ def new_directory(path: str, *, replace: bool = False, fs: FileSystem = OPERATIN
         yield OutDirectory(fs, temporary)
         with explained("flush", temporary):
             _sync_all(fs, Directories(fs, temporary), temporary)
-        _put_in_place(fs, temporary, path)
+        old = _put_in_place(fs, temporary, path)
     finally:
         _remove(fs, temporary)
     directories.sync_path(os.path.dirname(path))
+    if old is not None:
+        _remove(fs, old)
 
 
 def require_free(path: str, *, replace: bool, fs: FileSystem = OPERATING_SYSTEM) -> None:
@@ -155,13 +157,14 @@ def _written(fs: FileSystem, path: str) -> Iterator[OutFile]:
         file.make_durable()
 
 
-def _put_in_place(fs: FileSystem, temporary: str, path: str) -> None:
+def _put_in_place(fs: FileSystem, temporary: str, path: str) -> str | None:
+    """Give a directory its name; returns where the one that had it is now, if one had."""
     with explained("rename", path):
         try:
             fs.lstat(path)
         except FileNotFoundError:
             fs.rename(temporary, path)
-            return
+            return None
         old = _temporary_beside(path)
         fs.rename(path, old)
         try:
@@ -169,7 +172,7 @@ def _put_in_place(fs: FileSystem, temporary: str, path: str) -> None:
         except OSError:
             fs.rename(old, path)
             raise
-    _remove(fs, old)
+    return old
 
 
 def _sync_all(fs: FileSystem, directories: Directories, path: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 
+from tests.power.exports import EXPORTS, exported
 from tests.power.flushes import Flush
 from tests.power.judge import Judge
 from tests.power.worlds import WORLDS, on_disk
@@ -51,7 +52,8 @@ def test_without_any_one_flush_a_promise_is_broken() -> None:
 
 
 def test_every_flush_in_the_source_is_tried() -> None:
-    reached = {line.rsplit(".", 1)[0] + ":" + line.rsplit(":", 1)[1] for flush in flushes() for line in flush}
+    tried = [*flushes(), *(flush for export, _ in EXPORTS.values() for flush in exported(export).flushes)]
+    reached = {line.rsplit(".", 1)[0] + ":" + line.rsplit(":", 1)[1] for flush in tried for line in flush}
     written = {
         f"{module.path.stem}:{node.lineno}"
         for module in modules("shardckpt/store")
