@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image: linted, its steps carried out in a directory, its compose file valid, and its healthcheck right."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.launch.dockerfile import Build, ignored, parse
+from tests.launch.test_slurm import ROOT
+
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+TEXT = DOCKERFILE.read_text()
+COMPOSE = ROOT / "docker" / "compose.yaml"
+NODES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+RULES = (ROOT / ".dockerignore").read_text()
+
+
+def tool(name: str) -> Path:
+    return Path(sys.executable).with_name(name)
+
+
+def run(*command: str | Path) -> str:
+    """What a command that succeeds prints."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_hadolint_finds_nothing() -> None:
+    assert run(tool("hadolint"), "--failure-threshold", "style", DOCKERFILE) == ""
+
+
+def test_compose_file_is_valid() -> None:
+    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE)
+
+
+def test_the_image_is_pinned_and_not_of_root() -> None:
+    instructions = parse(TEXT)
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", dict(instructions)["FROM"])
+    assert [rest for word, rest in instructions if word == "USER"] == ["1000"]
+    pips = [rest for word, rest in instructions if word == "RUN" and "pip install" in rest]
+    assert len(pips) == 2
+    assert all("--constraint launch/constraints.txt" in rest for rest in pips)
+
+
+def test_all_that_is_copied_reaches_the_builder_and_nothing_else_of_weight() -> None:
+    for word, rest in parse(TEXT):
+        if word == "COPY":
+            for source in rest.split()[:-1]:
+                assert (ROOT / source).exists()
+                assert not ignored(source, RULES)
+    assert not ignored("shardckpt/cli/app.py", RULES)
+    for left_out in (
+        ".git/config",
+        ".venv/bin/python",
+        "tests/ranks.py",
+        "shardckpt/cli/__pycache__/app.pyc",
+        "docker/Dockerfile",
+    ):
+        assert ignored(left_out, RULES)
+
+
+def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> None:
+    assert set(NODES) == {"node0", "node1"}
+    for name, node in NODES.items():
+        options = dict(word.removeprefix("--").split("=", 1) for word in node["command"] if word.startswith("--"))
+        assert node["hostname"] == name
+        assert options["nnodes"] == "1:2"
+        assert options["rdzv-endpoint"].split(":")[0] == "node0"
+        assert node["volumes"] == ["checkpoints:/checkpoints"]
+        assert options["root"].startswith("/checkpoints/")
+        assert node["environment"]["HEALTH_ROOT"] == options["root"]
+        # torchrun kills what is left before compose kills torchrun
+        grace = int(node["stop_grace_period"].removesuffix("s"))
+        assert int(node["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
+        # the batch has to divide by one, two and four processes
+        assert 12 % (2 * int(options["nproc-per-node"])) == 0
+        build = node["build"]
+        assert (COMPOSE.parent / build["context"] / build["dockerfile"]).resolve() == DOCKERFILE
+        assert f"ARG {next(iter(build['args']))}=" in TEXT
+
+
+@pytest.mark.parametrize(("age", "status"), [(None, 1), (0, 0), (29 * 60, 0), (60 * 60, 1)])
+def test_healthy_is_who_has_saved_lately(tmp_path: Path, age: int | None, status: int) -> None:
+    command = json.loads(dict(parse(TEXT))["HEALTHCHECK"].partition("CMD ")[2])
+    root = tmp_path / "run"
+    if age is not None:
+        (root / "steps").mkdir(parents=True)
+        for place in (root / "steps", root):
+            os.utime(place, (place.stat().st_mtime - age,) * 2)
+    environ = {**os.environ, "HEALTH_ROOT": str(root), "HEALTH_MINUTES": "30"}
+    done = subprocess.run(command, env=environ, stderr=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == status
+    assert subprocess.run(command, env={**environ, "HEALTH_ROOT": ""}, timeout=60).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_steps_of_the_image_install_what_trains(tmp_path: Path) -> None:
+    """The CPU build, in a directory, with torch from where pip finds it here. No user is made, and nothing is put into /."""
+    moved = {"/opt/": f"{tmp_path}/opt/", "/checkpoints": f"{tmp_path}/checkpoints"}
+    # bytecode would only be compiled for one start
+    build = Build(ROOT, moved, {**os.environ, "PIP_NO_COMPILE": "1"}, skip="^useradd")
+    build.carry_out(TEXT)
+    assert len(build.ran) == 2
+    root = tmp_path / "run"
+    environ = {**build.environ, "HEALTH_ROOT": str(root)}
+
+    def inside(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=build.cwd, env=environ, timeout=300, capture_output=True, text=True)
+
+    found = json.loads(inside(*build.command, "--json").stdout)
+    pinned = re.search(r"^torch==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert found["checks"][0]["values"]["torch"].split("+")[0] == pinned[1]
+    options = ["--root", str(root), "--steps=2", "--save-every=1"]
+    done = inside("torchrun", "--standalone", "--nproc-per-node=1", "launch/train_gpt.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "saved step 2" in done.stdout
+    assert inside(*build.healthcheck).returncode == 0
