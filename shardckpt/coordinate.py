@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from .errors import CheckpointError, ConfigError, CoordinationError, RankTimeout
+from .errors import CheckpointError, CoordinationError, RankTimeout
 from .failure import Failure, describe, note_common, rebuild
 from .meeting import (
     GRACE_SECONDS,
     Address,
+    check_timeout,
     default_store,
     drop_group,
     late_ranks,
@@ -104,7 +105,7 @@ class Coordinator:
         rank may keep the others waiting, here and as the default of each round. Raises `RankTimeout` with the ranks that
         did not come.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         rank, world_size = my_place()
         if world_size == 1:
             return cls(0, 1, timeout, default_store)
@@ -186,7 +187,7 @@ class Coordinator:
 
         A round with a ``name``, which no other one has, does not count: ranks that leave it out are not out of step.
         """
-        seconds = self._timeout if timeout is None else _check_timeout(timeout)
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
         with self._turn(label):
             if self.world_size == 1:
                 return decide([produce()])
@@ -320,10 +321,15 @@ class Coordinator:
             payload = decide(self._collect(number, entry, seconds))
         except BaseException as error:
             failure = describe(error)
-            # An error of the tree is about all ranks here, whatever else happened to rank 0 is its own.
-            self._publish(number, _Verdict(b"", failure if isinstance(error, CheckpointError) else blame(failure, 0)))
+            with contextlib.suppress(CoordinationError):
+                # An error of the tree is about all ranks here, whatever else happened to rank 0 is its own.
+                self._publish(number, _Verdict(b"", failure if isinstance(error, CheckpointError) else blame(failure, 0)))
             raise
-        self._publish(number, _Verdict(payload, None))
+        try:
+            self._publish(number, _Verdict(payload, None))
+        except CoordinationError as error:
+            error.add("What it has decided is done, and the others do not know", outcome="unknown")
+            raise
         return payload
 
     def _collect(self, number: str, own: _Entry, seconds: float) -> list[bytes]:
@@ -392,9 +398,3 @@ class Coordinator:
         others = [f"farewell/{rank}" for rank in range(1, self.world_size) if rank not in self._lost]
         if others:
             wait_for(store, others, GRACE_SECONDS)
-
-
-def _check_timeout(timeout: float) -> float:
-    if not 0 < timeout < float("inf"):
-        raise ConfigError(f"timeout must be a positive, finite number of seconds, got {timeout!r}", timeout=repr(timeout))
-    return timeout

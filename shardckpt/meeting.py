@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .errors import CoordinationError, RankTimeout
+from .errors import ConfigError, CoordinationError, RankTimeout
 from .failure import Failure, rebuild
 from .wire import Store, Wire, first_failure, name_ranks, tcp_store
 
@@ -119,3 +119,10 @@ def require_same(labels: Mapping[int, str]) -> None:
     if len(by_label) > 1:
         places = "; ".join(f"{label!r}: {name_ranks(ranks)}" for label, ranks in by_label.items())
         raise CoordinationError(f"ranks are in different operations ({places}); all have to call the same", labels=by_label)
+
+
+def check_timeout(timeout: float) -> float:
+    """The number of seconds, if it is one that a rank can wait; else raises `ConfigError`."""
+    if not 0 < timeout < float("inf"):
+        raise ConfigError(f"timeout must be a positive, finite number of seconds, got {timeout!r}", timeout=repr(timeout))
+    return timeout

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0 commits, and loses the store of the ranks before it has told anybody: what is committed stays whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shardckpt.commit import draft_manifest
+from shardckpt.coordinate import Coordinator
+from shardckpt.errors import CheckpointError, CoordinationError, RankTimeout, StoreError
+from shardckpt.events import Timings
+from shardckpt.feed import chunk_size
+from shardckpt.finish import Job, finish_save
+from shardckpt.header import safetensors_header
+from shardckpt.keystore import ConnectionLost, KeyClient, KeyServer
+from shardckpt.layout import Mesh, MeshLayout, Shard
+from shardckpt.live import LiveSource
+from shardckpt.maintain.verify import verify
+from shardckpt.manifest import MANIFEST_NAME, manifest_digest
+from shardckpt.parity.layout import parity_record_name
+from shardckpt.plan import Plan
+from shardckpt.protect import Committed, protect
+from shardckpt.stage import FileData, FileMap
+from shardckpt.store import MemoryStore
+from tests.engine.simulate import ATTEMPT, by_hand, contents, local_tensors, random_tensors, save
+from tests.store.helpers import names
+
+PATIENCE = 120.0
+PREFIX = "step-00000007/"
+_numbers = itertools.count()
+
+
+class CutBehind(KeyClient):
+    """Rank 0's connection to the store of the ranks, which is gone for all when there is ``file`` to tell of."""
+
+    def __init__(self, server: KeyServer, store: MemoryStore, file: str) -> None:
+        super().__init__("localhost", server.port, PATIENCE)
+        self._server = server
+        self._files = store
+        self._file = file
+
+    def set(self, key: str, value: bytes | str) -> None:
+        if key.endswith("/verdict") and self._file in names(self._files):
+            self._server.close()
+            raise ConnectionLost("it is cut")
+        super().set(key, value)
+
+
+def on_two_ranks(store: MemoryStore, file: str, part: Callable[[Coordinator], object]) -> list[BaseException | None]:
+    """What ends the part of each rank when the store of the ranks is gone as soon as there is ``file``."""
+    server = KeyServer()
+    dials = (lambda: CutBehind(server, store, file), lambda: KeyClient("localhost", server.port, PATIENCE))
+
+    def run(rank: int) -> BaseException | None:
+        with Coordinator(rank, 2, PATIENCE, dials[rank]) as coordinator:
+            coordinator.hosts = ("a", "b")
+            try:
+                part(coordinator)
+            except CheckpointError as error:
+                return error
+        return None
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, range(2)))
+
+
+def a_plan() -> Plan:
+    return by_hand(2, {"x": ("float32", MeshLayout((40_001, 3), Mesh((0, 1), (2,)), (Shard(0),)), (0, 1))})
+
+
+class LostReply(MemoryStore):
+    """A store that publishes the manifest, and does not say so."""
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        super().put_if_absent(name, data)
+        if name.endswith(MANIFEST_NAME):
+            raise StoreError("the reply is lost")
+
+
+@pytest.mark.parametrize(("kind", "error"), [(MemoryStore, CoordinationError), (LostReply, StoreError)])
+def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore], error: type[CheckpointError]) -> None:
+    store = kind(f"untold-{next(_numbers)}")
+    plan = a_plan()
+    wholes = random_tensors(plan)
+
+    def part(coordinator: Coordinator) -> None:
+        rank = coordinator.rank
+        pieces = plan.file_pieces(rank)
+        data = FileData(FileMap(pieces), local_tensors(plan, rank, wholes))
+        job = Job(
+            prefix=PREFIX,
+            step=7,
+            attempt=ATTEMPT,
+            header=safetensors_header(pieces),
+            block_size=plan.block_size,
+            draft=draft_manifest(plan, contents()) if rank == 0 else None,
+        )
+        source = LiveSource(data, chunk_size(plan.block_size), 1, dict)
+        finish_save(job, source, store, coordinator, workers=1, timings=Timings())
+
+    told, other = on_two_ranks(store, f"{PREFIX}{MANIFEST_NAME}", part)
+    assert type(told) is error
+    assert told.outcome == "unknown"
+    assert isinstance(other, RankTimeout)
+    assert other.ranks == [0]
+    (found,) = verify(store, read_data=True)
+    assert found.ok
+
+
+def test_a_parity_that_nobody_was_told_of_stays_whole() -> None:
+    store = MemoryStore(f"untold-{next(_numbers)}")
+    plan = a_plan()
+    digest = manifest_digest(save(store, plan, PREFIX).manifest)
+    record = f"{PREFIX}{parity_record_name(ATTEMPT)}"
+
+    def part(coordinator: Coordinator) -> None:
+        protect(coordinator, store, Committed(PREFIX, ATTEMPT, digest), 2, workers=1)
+
+    assert on_two_ranks(store, record, part) == [None, None]
+    (found,) = verify(store, read_data=True)
+    assert found.ok
+    store.delete(next(name for name in names(store) if "/rank-00001-" in name))
+    (found,) = verify(store, read_data=True)
+    assert [problem.kind for problem in found.problems] == ["MissingFile"]
