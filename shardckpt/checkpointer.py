@@ -245,6 +245,7 @@ class Checkpointer:
         With ``fallback``, steps that turn out to be damaged are skipped for the newest older one that is intact, and those
         that did so in an earlier restore are not tried again; ``.info.skipped`` says which, and why. What they have filled in
         part is filled anew, or `MissingNames` is raised. When no step is intact, the error of the newest one is raised.
+        A save that comes to a skipped step replaces it.
         """
         self._background.wait()
         self._surface()
@@ -252,6 +253,7 @@ class Checkpointer:
         self._saver.fence = self._fencing.ensure()
         restoring = Restoring(self._coordinator, self._store, self._options, self._sink, self._reading)
         restored = restoring.run(state, selection, step, fallback=fallback)
+        self._saver.damaged = [number for number, _ in restored.info.skipped] if restored is not None else ()
         if restored is not None and keys is None:
             # what they may have damaged is replaced
             self._saver.memory_errors.start_anew()

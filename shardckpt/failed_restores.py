@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated
@@ -19,7 +19,7 @@ import msgspec
 
 from .errors import AlreadyExists, CheckpointError
 from .failure import Failure
-from .manifest import step_directory
+from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, manifest_digest, step_directory
 from .store import Store
 
 logger = logging.getLogger("shardckpt")
@@ -60,6 +60,17 @@ class FailedRestores:
             if named is not None and entry.name == _marker(int(named[1]), named[2]):
                 found.append(FailedRestore(int(named[1]), named[2]))
         return sorted(found, key=lambda failed: (failed.step, failed.digest))
+
+    def standing(self, steps: Container[int]) -> list[FailedRestore]:
+        """Those of ``steps`` that still have the manifest with which a restore has failed. Raises `StoreError`."""
+        return [failed for failed in self.entries() if failed.step in steps and failed.digest == self._digest(failed.step)]
+
+    def _digest(self, step: int) -> str | None:
+        try:
+            return manifest_digest(self._store.get(f"{step_directory(step)}/{MANIFEST_NAME}", MANIFEST_LIMIT))
+        except CheckpointError:
+            # who asks for the step will be told what is wrong with it now
+            return None
 
     def reason(self, failed: FailedRestore) -> str:
         """Type and message of the error, as read from the storage, so not to be trusted; printable, on one line."""

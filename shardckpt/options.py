@@ -129,7 +129,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Which committed steps a root keeps. The newest one is always kept."""
+    """Which committed steps a root keeps. The newest one is always kept.
+
+    One of which a restore has failed, as it is damaged, takes no other's place: it goes when it would go in any case.
+    """
 
     keep_last: int | None = None
     """Number of newest steps to keep; None keeps all."""

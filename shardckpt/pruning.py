@@ -90,13 +90,14 @@ class Pruner:
     ) -> list[Removal]:
         """What of ``found`` may go.
 
-        Committed steps go as ``retention`` says, never the newest; nothing goes of ``protected`` steps. With ``dead_before``
-        (seconds since the epoch, by the clock of the storage) also what is not committed and shows no sign of life since then:
-        attempts, temporary files, and those of the empty ``directories`` that are the engine's.
+        Committed steps go as ``retention`` says, for which those do not count that are known to be damaged; never the newest,
+        and nothing of ``protected`` steps. With ``dead_before`` (seconds since the epoch, by the clock of the storage) also
+        what is not committed and shows no sign of life since then: attempts, temporary files, and those of the empty
+        ``directories`` that are the engine's.
         """
         committed = [files.step for files in found.steps if files.committed]
         self._newest = committed[-1] if committed else None
-        expired = set(retention.expired(committed) if retention else ()) - set(protected)
+        expired = self._expired(committed, retention or Retention()) - set(protected)
         oldest = dead_before if dead_before is not None else float("-inf")
         alive = fresh_attempts(found.saves, oldest)
         plan: list[Removal] = []
@@ -114,6 +115,15 @@ class Pruner:
             if entry.modified < oldest and (_number(entry.name) is not None or entry.name in _OWN_DIRECTORIES)
         )
         return plan
+
+    def _expired(self, committed: list[int], retention: Retention) -> set[int]:
+        expired = retention.expired(committed)
+        damaged = {failed.step for failed in FailedRestores(self._store).standing(committed)} if expired else set()
+        if not damaged:
+            return set(expired)
+        intact = [step for step in committed if step not in damaged]
+        self._newest = intact[-1] if intact else self._newest
+        return {*retention.expired(intact), *(step for step in expired if step in damaged)}
 
     def plan_step(self, files: StepFiles) -> Removal:
         """The removal of a committed step. Of the files only those of its own attempt go with it: others may be of a save."""
@@ -243,6 +253,15 @@ class Pruner:
 
     def _read_manifest(self, step: int) -> bytes:
         return self._store.get(f"{step_directory(step)}/{MANIFEST_NAME}", MANIFEST_LIMIT)
+
+
+def clear_damaged(store: Store, step: int) -> bool:
+    """Remove a committed step of which a restore has failed, as it is damaged; False when that is not known of its manifest."""
+    files, pruner = Root(store).look_at(step), Pruner(store)
+    if files.manifest is None or not FailedRestores(store).standing([step]):
+        return False
+    logger.warning("%s: step %d, which is damaged, is removed, as it is saved anew", store.url, step)
+    return pruner.remove(pruner.plan_step(files))
 
 
 class RunPruner:

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from .commit import read_manifest_bytes
 from .coordinate import Coordinator
 from .errors import (
     CheckpointError,
@@ -166,19 +165,11 @@ class Restoring:
         failed_restores = FailedRestores(self.store)
         found: dict[int, str] = {}
         try:
-            for failed in failed_restores.entries():
-                if failed.step in steps and failed.digest == self._digest(failed.step):
-                    found[failed.step] = failed_restores.reason(failed)
+            for failed in failed_restores.standing(steps):
+                found[failed.step] = failed_restores.reason(failed)
         except StoreError as error:
             logger.warning("it is not known which steps of %s are damaged: %s", self.store.url, error)
         return found
-
-    def _digest(self, step: int) -> str | None:
-        try:
-            return manifest_digest(read_manifest_bytes(self.store, f"{step_directory(step)}/"))
-        except CheckpointError:
-            # the load will tell what is wrong with it now
-            return None
 
     def _judge(self, step: int, load: Load) -> str | None:
         """What is wrong with a step whose load has failed, the same on all ranks; None when it is not damaged."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -30,6 +30,7 @@ from .manifest import MANIFEST_NAME, Manifest, encode_canonical
 from .options import Options
 from .plan import Plan, make_plan
 from .protect import Committed, protect
+from .pruning import clear_damaged
 from .readback import Verify
 from .replicas import replica_groups
 from .root import Root
@@ -173,6 +174,8 @@ class Saver:
         """How many ranks share a parity at most; None without parity."""
         self.fence: Fence | None = None
         """What keeps saves from being committed when a newer start of the run has begun."""
+        self.damaged: Collection[int] = ()
+        """Steps that the run has fallen back from, so that it comes to save them again."""
         self.memory_errors = memory_errors or MemoryErrorGuard()
         """Watches the GPUs that states lie on."""
         self._plan: RankPlan | None = None
@@ -230,7 +233,7 @@ class Saver:
 
         def make_statement() -> Statement:
             if self._coordinator.rank == 0:
-                _require_uncommitted(self._store, prefix, step, self.fence)
+                _require_uncommitted(self._store, prefix, step, self.fence, self.damaged)
                 if self._plan is None:
                     # once: whether this is the right directory
                     Root(self._store).require_place(prefix)
@@ -258,12 +261,12 @@ class Saver:
         return self._plan
 
 
-def _require_uncommitted(store: Store, prefix: str, step: int, fence: Fence | None) -> None:
+def _require_uncommitted(store: Store, prefix: str, step: int, fence: Fence | None, damaged: Collection[int]) -> None:
     try:
         store.open(f"{prefix}{MANIFEST_NAME}").close()
     except MissingFile:
         return
-    if fence is not None and clear_outdated(store, fence, step):
+    if (fence is not None and clear_outdated(store, fence, step)) or (step in damaged and clear_damaged(store, step)):
         return
     raise already_committed(store, prefix)
 

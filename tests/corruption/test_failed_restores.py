@@ -185,6 +185,26 @@ def test_the_prune_after_a_save_ends_it(root: Path) -> None:
     assert markers(root) == []
 
 
+# ---- what is known to be damaged takes no other's place
+
+
+def test_prune_keeps_the_newest_step_that_is_intact(root: Path) -> None:
+    fails(root)
+    run("prune", root, "--keep-last", "1")
+    state = blocks_state(0)
+    restored, _ = restore(root, state, fallback=True)
+    assert restored.step == 2
+    assert holds(state, 2)
+    assert [listed.step for listed in list_steps(open_store(root))] == [2, 3]
+
+
+def test_the_prune_after_a_save_keeps_as_many_intact_steps(root: Path) -> None:
+    with shardckpt.Checkpointer(root, keep_last=2) as ckpt:
+        assert ckpt.restore(blocks_state(0), fallback=True) is not None
+        ckpt.save(4, blocks_state(4), wait=True)
+        assert ckpt.steps() == [2, 3, 4]
+
+
 # ---- how it shows
 
 

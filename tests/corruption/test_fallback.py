@@ -19,6 +19,7 @@ import shardckpt
 from shardckpt.buffer import CHUNK
 from shardckpt.coordinate import Coordinator
 from shardckpt.errors import (
+    AlreadyCommitted,
     CheckpointError,
     ChecksumMismatch,
     ConfigError,
@@ -37,6 +38,7 @@ from tests.ranks import RankPool
 
 Damage = Callable[[Path], object]
 MIDDLE = 4096 + 200_000
+PATIENCE = 120.0
 
 DAMAGES: dict[str, tuple[Damage, type[CheckpointError]]] = {
     "a bit of data": (lambda step: flip(rank_file(step), MIDDLE), ChecksumMismatch),
@@ -166,6 +168,49 @@ def test_what_an_older_step_cannot_fill_anew_is_not_left_mixed(root: Path) -> No
         assert (restored.step, restored.info.missing) == (3, ("aaa",))
         assert holds(fresh, 3)
         assert not fresh["aaa"].any()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGES.values()], ids=DAMAGES)
+def test_training_that_comes_to_a_damaged_step_saves_it_anew(root: Path, damage: Damage, wait: bool) -> None:
+    damage(step_path(root, 3))
+    for start in range(2):
+        # the second start has it from the first one that the step is damaged
+        with shardckpt.Checkpointer(root) as ckpt:
+            restored = ckpt.restore(blocks_state(0), fallback=True)
+            assert restored is not None
+            assert restored.step == 2
+            if start:
+                ckpt.save(3, blocks_state(30), wait=wait).result(PATIENCE)
+    state = blocks_state(0)
+    assert restore(root, state, fallback=True).info.skipped == ()
+    assert holds(state, 30)
+    assert not (root / ".restores").exists() or not list((root / ".restores").iterdir())
+
+
+def test_a_step_that_was_repaired_meanwhile_is_not_overwritten(root: Path) -> None:
+    flip(rank_file(step_path(root, 3)), MIDDLE)
+    with shardckpt.Checkpointer(root) as ckpt:
+        assert ckpt.restore(blocks_state(0), fallback=True) is not None
+        flip(rank_file(step_path(root, 3)), MIDDLE)
+        assert restore(root, blocks_state(0), step=3).step == 3
+        with pytest.raises(AlreadyCommitted):
+            ckpt.save(3, blocks_state(30), wait=True)
+    state = blocks_state(0)
+    assert restore(root, state).step == 3
+    assert holds(state, 3)
+
+
+def test_a_damaged_step_stays_where_nobody_asked_for_a_fallback(root: Path) -> None:
+    flip(rank_file(step_path(root, 3)), MIDDLE)
+    with pytest.raises(ChecksumMismatch):
+        restore(root, blocks_state(0))
+    before = sorted(path.name for path in step_path(root, 3).iterdir())
+    with shardckpt.Checkpointer(root) as ckpt:
+        assert ckpt.restore(blocks_state(0), step=2) is not None
+        with pytest.raises(AlreadyCommitted):
+            ckpt.save(3, blocks_state(30), wait=True)
+    assert sorted(path.name for path in step_path(root, 3).iterdir()) == before
 
 
 # ---- on real ranks

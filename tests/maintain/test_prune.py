@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import shardckpt
 from shardckpt.errors import MissingFile
+from shardckpt.failed_restores import FailedRestores
+from shardckpt.failure import Failure
 from shardckpt.journal import Journal
 from shardckpt.layout import Mesh, MeshLayout, Replicate
-from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
+from shardckpt.manifest import MANIFEST_NAME, manifest_digest, rank_file_name, step_directory
 from shardckpt.options import GRACE_SECONDS, Options, Retention
 from shardckpt.pruning import Pruner, Removal, RunPruner, storage_time
 from shardckpt.root import Root, removal_mark
@@ -185,6 +189,28 @@ def test_an_empty_directory_that_is_filled_meanwhile_stays(tmp_path: Path, manif
     kept = [*put(store, 5, A), commit(store, 5, A, manifests)]
     assert pruner.remove(removal)
     assert names(store) == sorted(kept)
+
+
+@given(st.data())
+def test_what_is_known_to_be_damaged_makes_no_other_step_go(manifests: dict[str, bytes], data: st.DataObject) -> None:
+    steps = data.draw(st.lists(st.integers(0, 12), min_size=1, unique=True).map(sorted))
+    damaged = data.draw(st.sets(st.sampled_from(steps)))
+    retention = Retention(keep_last=data.draw(st.integers(1, 4)), keep_every=data.draw(st.none() | st.integers(1, 5)))
+    _, store = on_memory()
+    for step in steps:
+        put(store, step, A)
+        commit(store, step, A, manifests)
+    for step in damaged:
+        FailedRestores(store).remember(step, manifest_digest(manifests[A]), Failure("ChecksumMismatch", "no", {}))
+    FailedRestores(store).remember(steps[0], "0" * 64, Failure("ChecksumMismatch", "of a manifest that is gone", {}))
+    going = {removal.step for removal in Pruner(store).plan(Root(store).look(), retention)}
+    intact = [step for step in steps if step not in damaged]
+    assert retention.keep_last is not None
+    assert going.isdisjoint(intact[-retention.keep_last :])
+    assert going <= set(retention.expired(steps))
+    assert going & damaged == set(retention.expired(steps)) & damaged
+    if not damaged:
+        assert going == set(retention.expired(steps))
 
 
 # ---- what has changed since it was planned stays
