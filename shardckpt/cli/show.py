@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shardckpt.errors import CheckpointError
-from shardckpt.maintain.contents import Item, list_items, matches
+from shardckpt.maintain.contents import Item, list_items, matches, require_matches
 from shardckpt.maintain.stored import StoredCheckpoint, open_checkpoint
 from shardckpt.maintain.timings import list_timings
 from shardckpt.parity.record import find_parity
@@ -42,6 +42,7 @@ def show(
     manifest does not tell; of receipts there is rank 0 only.
     """
     stored = open_checkpoint(open_store(path))
+    require_matches(tensors, stored)
     items = [item for item in list_items(stored, tensors) if item.kind != "value"]
     objects = {n: v for n, v in sorted(stored.checkpoint.manifest.objects.items()) if matches(n, tensors)}
     if as_json:

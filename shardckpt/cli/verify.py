@@ -54,6 +54,8 @@ def verify(
 
     if part is not None and read_data:
         raise ConfigError("--read-data reads all of the data, --read-data-subset a part of it: give one of them")
+    if seed is not None and (part is None or "/" in part):
+        raise ConfigError("--seed chooses what is read for a random share: give it with --read-data-subset 5%, say")
     drawn = secrets.randbelow(1 << 32) if seed is None else seed
     subset = EVERYTHING if part is None else Subset.parse(part, drawn)
     read_data = read_data or part is not None

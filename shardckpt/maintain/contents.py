@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from shardckpt.errors import MissingNames
 from shardckpt.layout import BoxLayout, FlatLayout, Ints, MeshLayout, PerRankShapes, Placement, Replicate, Shard, StridedShard
 from shardckpt.plan import Plan, PlannedTensor
 
@@ -74,6 +75,20 @@ def list_items(stored: StoredCheckpoint, patterns: Sequence[str] | None = None) 
 def matches(name: str, patterns: Sequence[str] | None) -> bool:
     """Whether ``name`` matches one of the shell ``patterns``; None stands for all names."""
     return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str] | None, *checkpoints: StoredCheckpoint) -> None:
+    """Raise `MissingNames` for shell patterns that match no name in any of these: nothing at all would be looked at."""
+    names: set[str] = set()
+    for stored in checkpoints if patterns else ():
+        plan, manifest = stored.checkpoint.plan, stored.checkpoint.manifest
+        names |= {*plan.by_name, *plan.aliases, *manifest.objects}
+    idle = [pattern for pattern in patterns or () if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        places = " or ".join(dict.fromkeys(stored.url for stored in checkpoints))
+        raise MissingNames(
+            f"{idle}: no name in {places} matches; shardckpt show {checkpoints[0].url} lists them", missing=idle, unexpected=[]
+        )
 
 
 def _item(plan: Plan, tensor: PlannedTensor, spreads: dict[object, Spread], alias: str | None = None) -> Item:

@@ -16,7 +16,7 @@ from shardckpt.manifest import encode_canonical
 from shardckpt.plan import Plan
 
 from .compare import Comparison, compare
-from .contents import Item, list_items, matches
+from .contents import Item, list_items, matches, require_matches
 from .parts import MEMORY, Leaf, Part, PartReader, check_memory, choose_rounds, cut_batches, list_leaves
 from .stored import Progress, StoredCheckpoint, no_progress
 
@@ -95,8 +95,10 @@ def diff(
 ) -> Difference:
     """Compare two checkpoints, or the names that match one of the shell patterns ``keys``.
 
-    Holds at most about ``memory`` bytes. Raises `IntegrityError` and `StoreError`.
+    Holds at most about ``memory`` bytes. Raises `IntegrityError`, `StoreError`, and `MissingNames` for a pattern that matches
+    nothing in either of them.
     """
+    require_matches(keys, a, b)
     memory = check_memory(memory // 2)
     items_a, items_b = _items(a, keys, per_rank), _items(b, keys, per_rank)
     common = [name for name in items_a if name in items_b]

@@ -17,7 +17,7 @@ import xxhash
 
 from shardckpt.manifest import encode_canonical
 
-from .contents import matches
+from .contents import matches, require_matches
 from .parts import MEMORY, Leaf, Part, PartReader, check_memory, choose_rounds, cut_batches, list_leaves
 from .stored import Progress, StoredCheckpoint, no_progress
 
@@ -70,8 +70,10 @@ def digest_content(
 ) -> ContentDigest:
     """Digest a checkpoint, or the names that match one of the shell patterns ``keys``.
 
-    Holds at most about ``memory`` bytes. Raises `IntegrityError` and `StoreError`.
+    Holds at most about ``memory`` bytes. Raises `IntegrityError`, `StoreError`, and `MissingNames` for a pattern that matches
+    nothing.
     """
+    require_matches(keys, stored)
     plan = stored.checkpoint.plan
     chosen = {name: plan.aliases.get(name, name) for name in (*plan.by_name, *plan.aliases) if matches(name, keys)}
     leaves = list_leaves(plan, chosen.values(), per_rank=True)

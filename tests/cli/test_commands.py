@@ -228,7 +228,7 @@ def test_diff(root: Path, tmp_path: Path) -> None:
     assert ["model/weight", "2", "12", "2"] in rows
     assert ["tokens", "30", '"many"'] in rows
     assert done.out.splitlines()[-1].startswith("different: 1 only in a, 1 only in b, 1 of another kind")
-    assert run("diff", root, tmp_path / "b", "--keys", "nothing").status == 0
+    assert run("diff", root, tmp_path / "b", "--keys", "new").status == 1
 
 
 def test_diff_json(root: Path) -> None:
@@ -290,6 +290,7 @@ def test_prune_of_what_was_left_behind(root: Path) -> None:
         *(["ls", ".", "--nonsense"], ["prune", ".", "--keep-last", "0"], ["digest", ".", "--memory", "0"]),
         *(["verify", ".", "--read-data-subset", part] for part in ("0%", "101%", "3/2", "0/2", "half")),
         *(["verify", ".", "--read-data", "--read-data-subset", "5%"],),
+        *(["verify", ".", "--seed", "3"], ["verify", ".", "--seed", "3", "--read-data-subset", "1/2"]),
         *(["ls", "ftp://host/path"], ["show", ""], ["ls", "a\0b"]),
     ],
 )
@@ -324,6 +325,15 @@ def test_a_damaged_manifest_is_one_line(root: Path) -> None:
         assert (done.status, done.out) == (1, "")
         assert done.err.startswith("shardckpt: error: invalid manifest")
         assert done.err.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", "--tensors"], ["digest", "--keys"], ["diff", "{}", "--keys"]], ids=["show", "digest", "diff"]
+)
+def test_a_pattern_that_matches_nothing_is_no_success(root: Path, arguments: list[str]) -> None:
+    done = run(*(argument.format(root) for argument in arguments), "modle/*", root)
+    assert (done.status, done.out) == (1, "")
+    assert "['modle/*']: no name in" in done.err and "shardckpt show" in done.err
 
 
 def test_damaged_data_is_one_line(root: Path) -> None:

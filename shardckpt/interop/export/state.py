@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.errors import InvalidManifest, MissingNames
+from shardckpt.errors import InvalidManifest
 from shardckpt.layout import PerRankShapes
-from shardckpt.maintain.contents import matches
+from shardckpt.maintain.contents import matches, require_matches
 from shardckpt.maintain.parts import Leaf
 from shardckpt.maintain.stored import StoredCheckpoint
 from shardckpt.plan import Plan, PlannedTensor
@@ -27,17 +27,13 @@ def read_state(stored: StoredCheckpoint, reader: ContentReader, keys: Sequence[s
 
     Raises `MissingNames` when a pattern matches nothing, `InvalidManifest`, and what reading raises.
     """
+    require_matches(keys, stored)
     plan, manifest = stored.checkpoint.plan, stored.checkpoint.manifest
     leaves: dict[str, Any] = {name: decode_value(v, name) for name, v in manifest.objects.items() if matches(name, keys)}
     for tensor, names in named_tensors(plan):
         wanted = [name for name in names if matches(name, keys)]
         if wanted:
             leaves |= dict.fromkeys(wanted, _leaf(tensor, plan.world_size, reader))
-    idle = [pattern for pattern in keys or () if not any(matches(name, [pattern]) for name in leaves)]
-    if idle:
-        raise MissingNames(
-            f"{idle}: no name in {stored.url} matches; shardckpt show {stored.url} lists them", missing=idle, unexpected=[]
-        )
     return unflatten(leaves, decode_containers(manifest.containers))
 
 
