@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,14 @@ def write_model(place: Path, *, stage: int = 1, **more: Any) -> None:
 
 
 def write_partitions(
-    place: Path, *, gap: int = 0, name: str = "zero_pp_rank_{}_mp_rank_00_optim_states.pt", elastic: bool = False
+    place: Path,
+    *,
+    gap: int = 0,
+    name: str = "zero_pp_rank_{}_mp_rank_00_optim_states.pt",
+    elastic: bool = False,
+    params: Sequence[Any] = (0,),
 ) -> None:
-    """Stage 1, with ``gap`` elements behind each parameter but the last."""
+    """Stage 1, with ``gap`` elements behind each parameter but the last; ``params`` are those that the group names."""
 
     def flat(found: dict[str, Tensor]) -> Tensor:
         parts = [torch.cat([value.flatten(), torch.zeros(gap)]) for value in found.values()]
@@ -55,7 +61,7 @@ def write_partitions(
         own = slice(rank * size, (rank + 1) * size)
         lean = size - (padding if rank == WORLD - 1 else 0)
         state = {"exp_avg": moment[own].clone(), "step": torch.tensor(9.0)}
-        groups = [{"lr": 0.1, "params": [0]}]
+        groups = [{"lr": 0.1, "params": [*params]}]
         inner: dict[str, Any] = {
             "base_optimizer_state": [state] if elastic else {"state": {0: state}, "param_groups": groups},
             "single_partition_of_fp32_groups": [master[own][:lean].clone()],

@@ -27,6 +27,30 @@ class Function:
     """In the pickle."""
     call: Callable[..., Any]
     """What is called in its place; it raises ValueError or TypeError for bad arguments."""
+    makes_keys: bool = False
+    """Whether it takes the `Keys` of the pickle first."""
+
+
+class Keys:
+    """The keys of all dicts and sets of one pickle."""
+
+    def __init__(self) -> None:
+        self._tuples = 0
+
+    def require(self, key: Any) -> None:
+        """Raise TypeError for a key that is made to cost: one whose hash takes long, or that many others can share a hash with.
+
+        Those of texts are random in each process; those of integers below 2**61 - 1 differ. Of tuples there may be few.
+        """
+        parts = key if type(key) is tuple else (key,)
+        if not all(part is None or type(part) in (str, bytes, int, float, bool) for part in parts):
+            raise TypeError("a key that is neither a number, a text, nor a tuple of these")
+        if any(type(part) is int and not -_INT_KEYS < part < _INT_KEYS for part in parts):
+            raise TypeError("a key that is an integer of more than 60 bits")
+        if type(key) is tuple:
+            self._tuples += 1
+            if self._tuples > _TUPLE_KEYS or len(key) > _TUPLE_KEYS:
+                raise TypeError(f"more than {_TUPLE_KEYS} keys that are tuples, or one that is as long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,10 @@ class TensorRef:
         return prod(self.shape)
 
 
+_INT_KEYS = 1 << 60
+_TUPLE_KEYS = 4096
+_MOST_DIMS = 64
+_LARGEST_SIZE = 1 << 60
 _STORAGES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -113,12 +141,12 @@ _INERT = {
 def _tensor(
     storage: Storage, offset: int, size: Ints, strides: Ints, *rest: Any, dtype: torch.dtype | None = None
 ) -> TensorRef:
-    shape = tuple(size)
     name = storage.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in ITEMSIZE or len(size) != len(strides) or len(size) > _MOST_DIMS:
+        raise ValueError(f"a tensor of {name} with {len(size)} sizes and {len(strides)} strides")
+    shape = tuple(size)
     numbers = (offset, *shape, *strides)
-    if name not in ITEMSIZE or len(shape) != len(strides) or len(shape) > 64:
-        raise ValueError(f"a tensor of {name} with {len(shape)} sizes and {len(strides)} strides")
-    if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
+    if not all(type(number) is int and 0 <= number < _LARGEST_SIZE for number in numbers):
         raise ValueError("a tensor with sizes or strides that are no sizes")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if prod(shape) else 0
     if last * ITEMSIZE[name] > storage.record.nbytes:
@@ -139,32 +167,32 @@ def _parameter(data: TensorRef, *rest: Any) -> TensorRef:
 
 
 def _from_type(function: Function, kind: Token, args: tuple[Any, ...], state: Any) -> Any:
-    if not isinstance(function, Function) or not isinstance(kind, Token) or not kind.name.startswith("torch."):
+    if not isinstance(function, Function) or not function.name.startswith("torch._utils._rebuild_"):
+        raise TypeError("a tensor that is made by what makes no tensors")
+    if not isinstance(kind, Token) or not kind.name.startswith("torch."):
         raise TypeError("a tensor of a class that is not one of torch")
     return function.call(*args)
 
 
 def _size(sizes: Any = ()) -> torch.Size:
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError("a size with other than sizes")
-    return torch.Size(sizes)
+    return torch.Size(require_shape(sizes))
 
 
-def _ordered(pairs: Any = ()) -> dict[Any, Any]:
+def _ordered(keys: Keys, pairs: Any = ()) -> dict[Any, Any]:
     made = {}
     for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        require_key(key)
+        keys.require(key)
         made[key] = value
     return made
 
 
-def _counter(counts: Any = ()) -> Counter[Any]:
-    return Counter(_ordered(counts))
+def _counter(keys: Keys, counts: Any = ()) -> Counter[Any]:
+    return Counter(_ordered(keys, counts))
 
 
-def _set(items: Any = ()) -> set[Any]:
+def _set(keys: Keys, items: Any = ()) -> set[Any]:
     for item in items:
-        require_key(item)
+        keys.require(item)
     return set(items)
 
 
@@ -187,13 +215,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def require_key(key: Any) -> None:
-    """Raise TypeError for keys whose hash costs more than they are long: nested tuples."""
-    parts = key if type(key) is tuple else (key,)
-    if not all(part is None or type(part) in (str, bytes, int, float, bool) for part in parts):
-        raise TypeError("a key that is neither a number, a text, nor a tuple of these")
-
-
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
@@ -211,9 +232,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"{module}.{name}": _set for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
 
+_MAKE_KEYS = (_ordered, _counter, _set)
+
 
 def _known() -> dict[str, Any]:
-    known: dict[str, Any] = {name: Function(name, call) for name, call in _FUNCTIONS.items()}
+    known: dict[str, Any] = {name: Function(name, call, call in _MAKE_KEYS) for name, call in _FUNCTIONS.items()}
     for name in _STORAGES:
         for module in ("torch", "torch.storage"):
             known[f"{module}.{name}"] = Token(f"torch.{name}")
@@ -229,6 +252,13 @@ def _known() -> dict[str, Any]:
 
 KNOWN: dict[str, Any] = _known()
 """What each name in a pickle stands for; a name that is not here is refused."""
+
+
+def require_shape(sizes: Any) -> Ints:
+    """The sizes of a tensor, if they can be some. Raises ValueError or TypeError."""
+    if len(sizes) > _MOST_DIMS or not all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in sizes):
+        raise ValueError("sizes of a tensor that are none, or too many")
+    return tuple(sizes)
 
 
 def storage_dtype(token: Any) -> str | None:

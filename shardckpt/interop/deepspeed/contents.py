@@ -17,7 +17,7 @@ from ...errors import CheckpointError, InvalidForeignCheckpoint, UnsupportedFore
 from ...store import Store
 from ...tree import child
 from .arrays import Array, Slice, array_of, assemble
-from .classes import Opaque, TensorRef
+from .classes import Opaque, TensorRef, require_shape
 from .directory import Files, open_directory
 from .universal import read_universal
 from .zero import Trained, read_trained
@@ -33,6 +33,8 @@ OWN_KEYS = frozenset(
 )
 """What DeepSpeed itself puts into the model's file; all else is the caller's client_state."""
 _MOST_NODES = 1 << 22
+_VALUES_PER_PART = 16
+"""What one more part of a scattered tensor takes of time and memory."""
 _DEEPEST = 60
 
 
@@ -57,7 +59,7 @@ def read_contents(store: Store, tag: str | None = None) -> Contents:
     files = open_directory(store, tag)
     try:
         return _read(files)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise InvalidForeignCheckpoint(
@@ -119,7 +121,7 @@ def _model(files: Files, model: Mapping[str, Any], trained: Trained) -> dict[str
         if owner in trained.masters:
             found[clean] = trained.masters[owner]
         elif owner in frozen:
-            whole = fragments.array(owner, tuple(frozen[owner]))
+            whole = fragments.array(owner, require_shape(frozen[owner]))
             if whole is not None:
                 found[clean] = whole
         else:
@@ -207,13 +209,10 @@ class _Walk:
 
     def visit(self, path: str, value: Any, depth: int) -> Any:
         """``value``, as it can be captured."""
-        self._nodes += 1
-        if depth > _DEEPEST or self._nodes > _MOST_NODES:
-            raise UnsupportedForeignCheckpoint(
-                f"{path!r}: deeper than {_DEEPEST} levels, or part of more than {_MOST_NODES} values"
-            )
+        self._count(1, path, depth)
         if isinstance(value, TensorRef):
             value = array_of(path, value)
+            self._count(_VALUES_PER_PART * (len(value.parts) - 1), path, depth)
         if isinstance(value, Array):
             self.arrays[path] = value
             known = self._standing.get(id(value))
@@ -225,6 +224,13 @@ class _Walk:
         if isinstance(value, Mapping | list | tuple) and not isinstance(value, torch.Size):
             return self._container(path, value, depth)
         return value
+
+    def _count(self, nodes: int, path: str, depth: int) -> None:
+        self._nodes += nodes
+        if depth > _DEEPEST or self._nodes > _MOST_NODES:
+            raise UnsupportedForeignCheckpoint(
+                f"{path!r}: deeper than {_DEEPEST} levels, or part of more than {_MOST_NODES} values"
+            )
 
     def _container(self, path: str, value: Any, depth: int) -> Any:
         if isinstance(value, Mapping):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pickle machine that can only make plain values and what `classes` lists.
 
-The opcodes are those of https://docs.python.org/3/library/pickletools.html that picklers of protocol 2 to 5 write. Memory is
-taken only for what stands in the pickle: no opcode makes room on its own word, and the memo is a dict.
+The opcodes are those of https://docs.python.org/3/library/pickletools.html that picklers of protocol 2 to 5 write. Time and
+memory are taken only for what stands in the pickle: no opcode makes room on its own word, the memo is a dict, calls copy no
+more than there is, and what comes out is a tree, which is not much larger written out than it is with its parts shared.
 """
 
 from __future__ import annotations
@@ -13,24 +14,29 @@ from typing import Any
 
 from ...errors import UnsupportedPickle
 from .archive import Archive, Record
-from .classes import KNOWN, Function, Inert, Opaque, Storage, Token, require_key, storage_dtype
+from .classes import KNOWN, Function, Inert, Keys, Opaque, Storage, Token, storage_dtype
+from .unfold import require_tree
 
 OPCODE_LIMIT = 8_000_000
 """A pickle with more opcodes is refused."""
 _LONGEST_INT = 1024
+_SIZED = (str, bytes, tuple, list, dict, set, frozenset)
 _MALFORMED = (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError, struct.error)
 
 
 def read_objects(archive: Archive) -> Any:
     """The objects in a file of ``torch.save``, with `TensorRef` for tensors. Raises `UnsupportedPickle`."""
     where = archive.name
+    # a file is looked into once for each storage, however often that is named
+    records: dict[str, Record] = {}
 
     def storage(identity: Any) -> Storage:
         kind, token, key, _, count = identity[:5]
         if kind != "storage" or type(key) is not str or type(count) is not int:
             raise TypeError("a reference to something that is no storage")
-        record = archive.storage(key)
-        return Storage(Record(record.file, record.offset, record.nbytes), storage_dtype(token))
+        if key not in records:
+            records[key] = archive.storage(key)
+        return Storage(records[key], storage_dtype(token))
 
     return Machine(archive.pickle(), where, storage).run()
 
@@ -46,6 +52,8 @@ class Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._keys = Keys()
+        self._copied = 0
 
     def run(self) -> Any:
         """The object that it stands for."""
@@ -56,7 +64,7 @@ class Machine:
             if code == b".":
                 if len(self._stack) != 1 or self._marks:
                     raise self._refuse("it leaves more than one object")
-                return self._stack[0]
+                return self._checked(self._stack[0])
             step = _STEPS.get(code)
             if step is None:
                 raise self._refuse(
@@ -67,6 +75,13 @@ class Machine:
             except _MALFORMED as error:
                 raise self._refuse(f"at byte {begin}: {error}") from error
         raise self._refuse(f"it has more than {OPCODE_LIMIT} opcodes")
+
+    def _checked(self, value: Any) -> Any:
+        try:
+            require_tree(value, OPCODE_LIMIT)
+        except ValueError as error:
+            raise self._refuse(str(error)) from error
+        return value
 
     def _refuse(self, problem: str) -> UnsupportedPickle:
         return UnsupportedPickle(f"{self._where}: its pickle is refused: {problem}", name=self._where)
@@ -132,7 +147,7 @@ class Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("items for what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            require_key(key)
+            self._keys.require(key)
             target[key] = value
 
     def _append(self, items: list[Any]) -> None:
@@ -146,7 +161,7 @@ class Machine:
         if type(target) is not set:
             raise TypeError("items for what is no set")
         for item in items:
-            require_key(item)
+            self._keys.require(item)
             target.add(item)
 
     def _dict(self) -> None:
@@ -157,7 +172,7 @@ class Machine:
     def _frozen(self) -> None:
         items = self._pop_mark()
         for item in items:
-            require_key(item)
+            self._keys.require(item)
         self._push(frozenset(items))
 
     # ---- classes and calls
@@ -180,12 +195,22 @@ class Machine:
             raise TypeError("a name that is no text")
         self._global(module, name)
 
+    def _charge(self, *values: Any) -> None:
+        """Refuse to copy a value of the memo over and over."""
+        self._copied += sum(len(value) for value in values if isinstance(value, _SIZED))
+        if self._copied > 2 * len(self._data):
+            raise ValueError("its calls take more than stands in it")
+
+    def _call(self, function: Function, args: tuple[Any, ...]) -> None:
+        self._push(function.call(self._keys, *args) if function.makes_keys else function.call(*args))
+
     def _reduce(self) -> None:
         args, function = self._pop(), self._pop()
         if type(args) is not tuple:
             raise TypeError("arguments that are no tuple")
+        self._charge(args, *args)
         if isinstance(function, Function):
-            self._push(function.call(*args))
+            self._call(function, args)
         elif isinstance(function, Inert):
             self._push(Opaque(function.name, {str(at): value for at, value in enumerate(args)}))
         else:
@@ -195,8 +220,9 @@ class Machine:
         args, kind = self._pop(), self._pop()
         if type(args) is not tuple:
             raise TypeError("arguments that are no tuple")
+        self._charge(args, *args)
         if isinstance(kind, Function):
-            self._push(kind.call(*args))
+            self._call(kind, args)
         elif isinstance(kind, Inert) and not args:
             self._push(Opaque(kind.name))
         else:
@@ -204,6 +230,7 @@ class Machine:
 
     def _build(self) -> None:
         state = self._pop()
+        self._charge(state)
         target = self._stack[-1]
         if isinstance(target, Opaque) and isinstance(state, dict):
             target.state.update({str(key): value for key, value in state.items()})

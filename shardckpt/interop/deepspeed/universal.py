@@ -12,7 +12,7 @@ from ...layout import Ints
 from .arrays import Array, array_of
 from .classes import TensorRef
 from .directory import Files
-from .zero import Trained, shapes_of
+from .zero import Trained, owners_of, shapes_of
 
 
 def read_universal(files: Files, model: Mapping[str, Any]) -> Trained:
@@ -21,8 +21,9 @@ def read_universal(files: Files, model: Mapping[str, Any]) -> Trained:
     common = files.read(f"{path}zero/optimizer_state.pt")
     groups = [dict(group) for group in common.get("param_groups", ())]
     trained = Trained(groups=groups, stage=common.get("zero_stage", 1), common=common)
-    owner = {number: at for at, group in enumerate(groups) for number in group["params"]}
-    for number, shapes in enumerate(shapes_of(model)):
+    shapes_by_group = shapes_of(model)
+    owner = owners_of(groups, len(shapes_by_group))
+    for number, shapes in enumerate(shapes_by_group):
         for name, shape in shapes.items():
             states = files.states.get(name, {})
             if "fp32" not in states:

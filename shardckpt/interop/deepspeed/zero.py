@@ -16,7 +16,7 @@ from typing import Any
 from ...errors import InvalidForeignCheckpoint, UnsupportedForeignCheckpoint
 from ...layout import Ints
 from .arrays import Array, Slice, array_of, assemble
-from .classes import TensorRef
+from .classes import TensorRef, require_shape
 from .directory import Files
 
 Shapes = Sequence[Mapping[str, Ints]]
@@ -50,7 +50,12 @@ def shapes_of(model: Mapping[str, Any]) -> list[dict[str, Ints]]:
             "wrote none, and training without ZeRO writes none. Load it in DeepSpeed with ZeRO and save it again, or convert "
             "it with its own zero_to_fp32.py"
         )
-    return [{name: tuple(shape) for name, shape in group.items()} for group in listed]
+    return [{name: require_shape(shape) for name, shape in group.items()} for group in listed]
+
+
+def owners_of(groups: Sequence[Mapping[str, Any]], count: int) -> dict[int, int]:
+    """The number of the group of each of ``count`` flat tensors, as far as the groups name them."""
+    return {n: at for at, group in enumerate(groups) for n in group["params"] if type(n) is int and 0 <= n < count}
 
 
 def read_trained(files: Files, model: Mapping[str, Any]) -> Trained:
@@ -106,7 +111,7 @@ class _Partitions:
         base = self._base(self._ranks[0])
         if not isinstance(base, list):
             trained.groups = [dict(group) for group in base["param_groups"]]
-        owner = {n: at for at, group in enumerate(trained.groups) for n in group["params"]}
+        owner = owners_of(trained.groups, len(self._shapes))
         for number, shapes in enumerate(self._shapes):
             slices = self._slices3(number, shapes) if self._stage == 3 else self._slices(number, shapes)
             for name, shape, cuts in slices:
