@@ -147,7 +147,7 @@ def export_deepspeed(
             world_size=world_size,
             tag=tag,
             dtype=None if dtype is None else parse_dtype(dtype),
-            order=None if order is None else order.read().split(),
+            order=None if order is None else _names(order),
             key=key,
             optimizer_key=optimizer_key,
             sub_group_size=sub_group_size,
@@ -185,6 +185,15 @@ def parse_dtype(text: str) -> str:
     if name not in DTYPES.values():
         raise ConfigError(f"--dtype {text}: it is one of {', '.join(DTYPES)}")
     return name
+
+
+def _names(file: typer.FileText) -> list[str]:
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"--order {file.name}: it is no text; write the names of all parameters, one a line"
+        ) from None
 
 
 def _open(path: str) -> StoredCheckpoint:

@@ -8,13 +8,14 @@ that `is_temporary` knows, nothing refers to it, and it may be deleted.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from shardckpt.errors import AlreadyExists
+from shardckpt.errors import AlreadyExists, ConfigError
 from shardckpt.store.base import TEMPORARY_SUFFIX, check_name
 from shardckpt.store.directories import Directories
 from shardckpt.store.filesystem import OPERATING_SYSTEM, FileSystem, closing
@@ -23,6 +24,7 @@ from shardckpt.store.oserror import explained
 from shardckpt.store.publish import NEW_FILE_FLAGS, Publisher
 
 _BUFFER: Final = 4 << 20
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]+:/", re.ASCII | re.IGNORECASE)
 
 
 class OutFile:
@@ -135,6 +137,39 @@ def new_directory(path: str, *, replace: bool = False, fs: FileSystem = OPERATIN
         _remove(fs, old)
 
 
+def require_local(path: str) -> None:
+    """Raise `ConfigError` for what is no path of a local file or directory."""
+    if not path or "\0" in path:
+        raise ConfigError(f"{path!r} does not name a file or directory to write to")
+    if _URL.match(path):
+        raise ConfigError(
+            f"{path!r} is a URL, and files for other programs go to local directories: name one, and copy it"
+        )
+
+
+def require_only(path: str, expected: re.Pattern[str], *, fs: FileSystem = OPERATING_SYSTEM) -> None:
+    """Raise `AlreadyExists` when at ``path`` there is something else than a directory of files with ``expected`` names.
+
+    That is what may be replaced by a directory of such files: nobody who asks for it wants to lose more.
+    """
+    with explained("look at", path):
+        try:
+            mode = fs.lstat(path).st_mode
+        except FileNotFoundError:
+            return
+        is_directory = stat.S_ISDIR(mode)
+        strangers = [name for name in fs.listdir(path) if not expected.fullmatch(name)] if is_directory else []
+    if not is_directory:
+        raise AlreadyExists(f"{path!r} is no directory, and is not replaced by one: choose another place", path=path)
+    if strangers:
+        raise AlreadyExists(
+            f"{path!r} also holds {min(strangers)!r}, which would be lost, as no export has written it: the directory is not "
+            "replaced. Choose another place, or move that away",
+            path=path,
+            found=min(strangers),
+        )
+
+
 def require_free(path: str, *, replace: bool, fs: FileSystem = OPERATING_SYSTEM) -> None:
     """Raise `AlreadyExists` unless ``path`` is free or an empty directory, or what is there may be replaced."""
     with explained("look at", path):
@@ -144,7 +179,9 @@ def require_free(path: str, *, replace: bool, fs: FileSystem = OPERATING_SYSTEM)
             return
         if replace or (stat.S_ISDIR(mode) and not fs.listdir(path)):
             return
-    raise AlreadyExists(f"{path!r} is there already: choose another place, or say that it is to be replaced", path=path)
+    raise AlreadyExists(
+        f"{path!r} is there already: choose another place, or have it replaced (--overwrite, or replace=True)", path=path
+    )
 
 
 @contextmanager

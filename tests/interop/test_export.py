@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import shardckpt
-from shardckpt.errors import AlreadyExists, ChecksumMismatch, ExportRefused, MissingNames
+from shardckpt.errors import AlreadyExists, ChecksumMismatch, ConfigError, ExportRefused, MissingNames, StoreError
 from shardckpt.interop.export.content import ContentReader
+from shardckpt.interop.export.deepspeed import export_deepspeed
 from shardckpt.interop.export.pickling import pickle_value
 from shardckpt.interop.export.safetensors import INDEX, export_safetensors
 from shardckpt.interop.export.single import export_torch
@@ -221,18 +223,43 @@ def test_what_is_there_is_replaced_only_when_told(tmp_path: Path) -> None:
     stored = saved(tmp_path / "ckpt", {"model": {"w": torch.ones(3)}})
     directory, file = tmp_path / "hf", tmp_path / "out.pt"
     directory.mkdir()
-    (directory / "old").write_text("old")
+    (directory / "model.safetensors").write_text("old")
     file.write_text("old")
     with pytest.raises(AlreadyExists, match="is there already"):
         export_safetensors(stored, str(directory))
     with pytest.raises(AlreadyExists, match="is there already"):
         export_torch(stored, str(file))
-    assert file.read_text() == (directory / "old").read_text() == "old"
+    assert file.read_text() == (directory / "model.safetensors").read_text() == "old"
     export_safetensors(stored, str(directory), replace=True)
     export_torch(stored, str(file), replace=True)
-    assert [path.name for path in directory.iterdir()] == ["model.safetensors"]
+    assert load_file(directory / "model.safetensors")["w"].tolist() == [1.0, 1.0, 1.0]
     assert torch.load(file, weights_only=True)["model"]["w"].tolist() == [1.0, 1.0, 1.0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf", "out.pt"]
+
+
+@pytest.mark.parametrize("place", ["ckpt", "ckpt/step-00000001", "notes", "hf", "."])
+def test_what_no_export_has_written_is_never_replaced(tmp_path: Path, place: str) -> None:
+    with shardckpt.Checkpointer(tmp_path / "ckpt") as checkpointer:
+        checkpointer.save(1, {"model": {"w": torch.ones(3)}}, wait=True)
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_text("old")
+    (tmp_path / "hf" / "tokenizer.json").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    stored = open_checkpoint(open_store(tmp_path / "ckpt"))
+    with pytest.raises(AlreadyExists, match="is not replaced"):
+        export_safetensors(stored, str(tmp_path / place), replace=True)
+    with pytest.raises(StoreError):
+        export_torch(stored, str(tmp_path / ("ckpt" if place == "notes" else place)), replace=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["", "s3://bucket/hf", "gs:/bucket/hf", "a\0b"])
+def test_what_is_no_local_path_is_refused(tmp_path: Path, place: str) -> None:
+    stored = saved(tmp_path / "ckpt", {"model": {"w": torch.ones(3)}})
+    for export in (export_safetensors, export_torch, partial(export_deepspeed, stage=1, world_size=1)):
+        with pytest.raises(ConfigError, match=r"is a URL|does not name"):
+            export(stored, place)
 
 
 def test_the_commands_print_what_they_write(tmp_path: Path) -> None:

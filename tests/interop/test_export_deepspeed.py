@@ -184,6 +184,11 @@ def test_a_tag_that_is_there_is_replaced_only_when_told(tmp_path: Path) -> None:
     export(stored, out, tag="b", replace=True)
     assert sorted(path.name for path in out.iterdir()) == ["a", "b", "latest"]
     assert (out / "latest").read_text() == "b" and (out / "a" / "mp_rank_00_model_states.pt").read_bytes() == before
+    export(stored, out, tag="a", replace=True)
+    (out / "a" / "notes").write_text("mine")
+    with pytest.raises(AlreadyExists, match="also holds 'notes', which would be lost"):
+        export(stored, out, tag="a", replace=True)
+    assert (out / "a" / "notes").read_text() == "mine"
 
 
 def test_the_command_takes_the_order_from_a_file(tmp_path: Path) -> None:
@@ -192,6 +197,11 @@ def test_the_command_takes_the_order_from_a_file(tmp_path: Path) -> None:
     arguments = ("export", "deepspeed", tmp_path / "ckpt", tmp_path / "out", "--stage", "3", "--world-size", "2")
     refused = run(*arguments, "--dtype", "bf16")
     assert refused.status == 1 and "give it with --order" in refused.err
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    no_text = run(*arguments, "--dtype", "bf16", "--order", tmp_path / "binary")
+    assert no_text.status == 2 and "it is no text" in no_text.err
+    no_dtype = run(*arguments, "--order", tmp_path / "order")
+    assert no_dtype.status == 2 and "say in which dtype the engine computes (--dtype)" in no_dtype.err
     plan = run(*arguments, "--dtype", "bf16", "--order", tmp_path / "order", "--dry-run")
     assert plan.status == 0 and "taken for granted: global_steps" in plan.out and "would be written" in plan.out
     assert not (tmp_path / "out").exists()

@@ -8,13 +8,14 @@ size, the dtype, ``sub_group_size`` at stage 3, ``round_robin_gradients``, and `
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardckpt.errors import ConfigError
 from shardckpt.maintain.stored import Progress, StoredCheckpoint, no_progress
 from shardckpt.store.base import name_problem
-from shardckpt.store.outside import new_directory, new_file, require_free
+from shardckpt.store.outside import new_directory, new_file, require_free, require_local, require_only
 
 from .content import ContentReader
 from .engine_state import EngineState, read_engine_state
@@ -24,6 +25,7 @@ from .torchfile import write_torch_file
 from .zero_files import Shape, zero_files
 
 LATEST = "latest"
+_WRITTEN = re.compile(r"\w*_(model|optim)_states\.pt", re.ASCII)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -90,6 +92,7 @@ def export_deepspeed(
     """
     if stage not in (1, 2, 3) or world_size < 1 or sub_group_size < 1:
         raise ConfigError(f"{stage=}, {world_size=}, {sub_group_size=}: stages are 1, 2 and 3, sizes are 1 at least")
+    require_local(path)
     counted = Counted(progress)
     with ContentReader(stored, counted.add) as reader:
         state = read_engine_state(stored, reader, order=order, model_key=key, optimizer_key=optimizer_key)
@@ -98,6 +101,7 @@ def export_deepspeed(
         tag = _tag(tag or stored.checkpoint.manifest.metadata.get("deepspeed_tag"), state)
         for name in (tag, LATEST):
             require_free(os.path.join(path, name), replace=replace)
+        require_only(os.path.join(path, tag), _WRITTEN)
         files = tuple(
             OutputFile(file=name, bytes=counted.expect(pickle_value(value).contents))
             for name, value in zero_files(state, shape)
@@ -131,9 +135,8 @@ def _write(path: str, tag: str, state: EngineState, shape: Shape, reader: Conten
 
 def _dtype(name: str | None) -> str:
     if name not in _DTYPES:
-        raise ConfigError(
-            f"dtype={name!r}: say in which dtype the engine computes, {', '.join(_DTYPES)}; the checkpoint does not tell"
-        )
+        known = "the checkpoint does not tell" if name is None else f"{name} is none of them"
+        raise ConfigError(f"say in which dtype the engine computes (--dtype), {', '.join(_DTYPES)}: {known}")
     return name
 
 

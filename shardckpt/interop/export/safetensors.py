@@ -10,6 +10,7 @@ and the file's metadata has ``{other name: stored name}`` of them, as ``safetens
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from shardckpt.maintain.parts import Leaf
 from shardckpt.maintain.stored import Progress, StoredCheckpoint, no_progress
 from shardckpt.manifest import encode_canonical
 from shardckpt.plan import PlannedTensor
-from shardckpt.store.outside import OutDirectory, new_directory, require_free
+from shardckpt.store.outside import OutDirectory, new_directory, require_free, require_local, require_only
 from shardckpt.tree import split
 
 from .content import Content, ContentReader, is_floating, whole
@@ -27,6 +28,7 @@ from .report import Counted
 from .state import named_tensors
 
 INDEX = "model.safetensors.index.json"
+_WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +86,14 @@ def export_safetensors(
     """Write the weights below ``key`` into the directory ``path``, floating-point ones as ``dtype`` if one is given.
 
     Shards hold at most ``max_shard_bytes`` bytes of tensors, or one tensor. Holds some 100 MB at most. Raises `AlreadyExists`
-    unless ``replace``, `ExportRefused`, `ConfigError`, `IntegrityError` and `StoreError`; then there is no directory.
+    unless ``replace`` (and always for a directory that holds other things too), `ExportRefused`, `ConfigError`,
+    `IntegrityError` and `StoreError`; then nothing was written.
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes}: a shard has at least one byte")
+    require_local(path)
     require_free(path, replace=replace)
+    require_only(path, _WRITTEN)
     weights = _find_weights(stored, key, dtype)
     shards = cut_shards(weights.tensors, max_shard_bytes)
     counted = Counted(progress)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardckpt.maintain.stored import Progress, StoredCheckpoint, no_progress
-from shardckpt.store.outside import new_file, require_free
+from shardckpt.store.outside import new_file, require_free, require_local
 
 from .content import ContentReader
 from .pickling import pickle_value
@@ -48,6 +48,7 @@ def export_torch(
     It is what `shardckpt.load` returns as ``state``. Holds some 100 MB at most. Raises `AlreadyExists` unless ``replace``,
     `MissingNames`, `ExportRefused`, `IntegrityError` and `StoreError`; then there is no file.
     """
+    require_local(path)
     require_free(path, replace=replace)
     counted = Counted(progress)
     with ContentReader(stored, counted.add) as reader:
