@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 from .feed import Source
@@ -24,8 +25,8 @@ logger = logging.getLogger("shardckpt")
 
 SECRET_BYTES = 16
 _RANGE = struct.Struct("<QQ")
-_PATIENCE = 10.0
-"""Seconds for a connection, and for each range, which is a few MiB."""
+_PATIENCE = 15.0
+"""Seconds for a connection, and for each range, which is a few MiB, however it trickles in."""
 
 
 def cut(source: Source, start: int, stop: int) -> Iterator[memoryview]:
@@ -54,8 +55,12 @@ class OwnImage:
 class ImageServer:
     """Gives the region of this rank's file to all who know the secret, until `close`."""
 
-    def __init__(self, source: Source) -> None:
-        """Raises `OSError` when there is no port to listen on."""
+    def __init__(self, source: Source, patience: float = _PATIENCE) -> None:
+        """``patience``: seconds for a caller to say the secret, and to take a part.
+
+        Raises `OSError` when there is no port to listen on, and `RuntimeError` when there can be no thread.
+        """
+        self._patience = patience
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._source = source
         self._socket = listen()
@@ -83,37 +88,47 @@ class ImageServer:
         with contextlib.suppress(OSError):
             while True:
                 caller, _ = self._socket.accept()
+                thread = threading.Thread(target=self._serve, args=(caller,), name="shardckpt-image-caller", daemon=True)
                 with self._lock:
                     self._callers.add(caller)
-                thread = threading.Thread(target=self._serve, args=(caller,), name="shardckpt-image-caller", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # no more threads may be started: the caller reads storage
+                    self._hang_up(caller)
+                else:
+                    self._threads.append(thread)
 
     def _serve(self, caller: socket.socket) -> None:
         # hangs up on who leaves, on who says nonsense, on who does not take what it asked for, and on everybody at the end
         try:
             with contextlib.suppress(OSError, EOFError):
-                if not hmac.compare_digest(_receive(caller, SECRET_BYTES), self.secret):
+                if not hmac.compare_digest(_receive(caller, SECRET_BYTES, self._patience), self.secret):
                     return
                 while True:
+                    caller.settimeout(None)
                     start, stop = _RANGE.unpack(_receive(caller, _RANGE.size))
                     if not start <= stop <= self._source.nbytes:
                         return
-                    caller.settimeout(_PATIENCE)
+                    caller.settimeout(self._patience)
                     for part in cut(self._source, start, stop):
                         caller.sendall(part)
-                    caller.settimeout(None)
         finally:
-            with self._lock:
-                self._callers.discard(caller)
-            caller.close()
+            self._hang_up(caller)
+
+    def _hang_up(self, caller: socket.socket) -> None:
+        with self._lock:
+            self._callers.discard(caller)
+        caller.close()
 
 
 class PeerImage:
     """The region of another rank's file. Any thread may use it, each over a connection of its own."""
 
-    def __init__(self, host: str, port: int, secret: bytes) -> None:
+    def __init__(self, host: str, port: int, secret: bytes, patience: float = _PATIENCE) -> None:
+        """``patience``: seconds for a connection, and for a range."""
         self._address = host, port
+        self._patience = patience
         self._secret = secret
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
@@ -127,8 +142,9 @@ class PeerImage:
         try:
             connection = self._connection()
             connection.sendall(_RANGE.pack(start, stop))
-            _receive_into(connection, into)
-        except (OSError, EOFError) as error:
+            _receive_into(connection, into, self._patience)
+        except (OSError, EOFError, UnicodeError) as error:
+            # the last one for a name that is none
             self._is_lost = True
             if connection is not None:
                 connection.close()
@@ -148,7 +164,7 @@ class PeerImage:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        connection = socket.create_connection(self._address, _PATIENCE)
+        connection = socket.create_connection(self._address, self._patience)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(self._secret)
@@ -158,14 +174,18 @@ class PeerImage:
         return connection
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
+def _receive(connection: socket.socket, size: int, patience: float | None = None) -> bytes:
     data = bytearray(size)
-    _receive_into(connection, memoryview(data))
+    _receive_into(connection, memoryview(data), patience)
     return bytes(data)
 
 
-def _receive_into(connection: socket.socket, into: memoryview) -> None:
+def _receive_into(connection: socket.socket, into: memoryview, patience: float | None) -> None:
+    deadline = None if patience is None else time.monotonic() + patience
     while into:
+        if deadline is not None:
+            # zero would mean not to wait at all
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
         count = connection.recv_into(into)
         if not count:
             raise EOFError("the connection was closed at the other end")

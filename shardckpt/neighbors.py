@@ -8,11 +8,11 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import msgspec
 
 from .coordinate import Coordinator
-from .errors import CheckpointError
 from .feed import Source
 from .images import ImageServer, OwnImage, PeerImage
 from .meeting import network_name
@@ -30,14 +30,14 @@ class _Place(msgspec.Struct, array_like=True):
 
     network: str
     host: str
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
     secret: bytes
 
 
 class Neighbors:
     """This rank's data for the others, and theirs for it, from the commit of a save until all have what they want.
 
-    None of it fails: what is not to be had this way has to be read from storage.
+    None of it fails, whatever happens: the others wait for this rank. What is not to be had this way is read from storage.
     """
 
     def __init__(self, coordinator: Coordinator, attempt: str, source: Source | None) -> None:
@@ -51,7 +51,7 @@ class Neighbors:
     def __enter__(self) -> Neighbors:
         if self._coordinator.world_size > 1:
             if self._source is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, RuntimeError):
                     self._server = ImageServer(self._source)
             place = _Place("", "", 0, b"")
             if self._server is not None:
@@ -90,7 +90,8 @@ class Neighbors:
             complete = wait_for(store, list(keys.values()), _PATIENCE)
             there = [rank for rank in ranks if complete or store.check([keys[rank]])]
             for rank, data in zip(there, fetch(store, [keys[rank] for rank in there]), strict=True):
-                places[rank] = msgspec.msgpack.decode(data, type=_Place)
+                with contextlib.suppress(msgspec.DecodeError):
+                    places[rank] = msgspec.msgpack.decode(data, type=_Place)
 
         if ranks:
             self._call(look)
@@ -99,7 +100,7 @@ class Neighbors:
     def _call(self, job: Callable[[Store], object]) -> None:
         try:
             self._coordinator.call(2 * _PATIENCE, job)
-        except CheckpointError as error:
+        except Exception as error:
             logger.info("other ranks are not asked for what they have in memory: %s", error)
 
     def _key(self, rank: int) -> str:
@@ -111,7 +112,7 @@ def reachable_address() -> str:
     leader = os.environ.get("MASTER_ADDR")
     if leader:
         # no packet is sent: this only chooses the way
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             family, kind, _, _, address = socket.getaddrinfo(leader, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
                 probe.connect(address)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -26,10 +24,10 @@ from shardckpt.plan import Plan
 from shardckpt.protect import Committed, protect
 from shardckpt.stage import FileData, FileMap
 from shardckpt.store import MemoryStore
+from tests.engine.pairs import PATIENCE, Dial, on_two_ranks
 from tests.engine.simulate import ATTEMPT, by_hand, contents, local_tensors, random_tensors, save
 from tests.store.helpers import names
 
-PATIENCE = 120.0
 PREFIX = "step-00000007/"
 _numbers = itertools.count()
 
@@ -50,22 +48,9 @@ class CutBehind(KeyClient):
         super().set(key, value)
 
 
-def on_two_ranks(store: MemoryStore, file: str, part: Callable[[Coordinator], object]) -> list[BaseException | None]:
-    """What ends the part of each rank when the store of the ranks is gone as soon as there is ``file``."""
-    server = KeyServer()
-    dials = (lambda: CutBehind(server, store, file), lambda: KeyClient("localhost", server.port, PATIENCE))
-
-    def run(rank: int) -> BaseException | None:
-        with Coordinator(rank, 2, PATIENCE, dials[rank]) as coordinator:
-            coordinator.hosts = ("a", "b")
-            try:
-                part(coordinator)
-            except CheckpointError as error:
-                return error
-        return None
-
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(run, range(2)))
+def cut_behind(store: MemoryStore, file: str) -> Dial:
+    """How rank 0 connects."""
+    return lambda server: CutBehind(server, store, file)
 
 
 def a_plan() -> Plan:
@@ -102,7 +87,7 @@ def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore
         source = LiveSource(data, chunk_size(plan.block_size), 1, dict)
         finish_save(job, source, store, coordinator, workers=1, timings=Timings())
 
-    told, other = on_two_ranks(store, f"{PREFIX}{MANIFEST_NAME}", part)
+    told, other = on_two_ranks(part, cut_behind(store, f"{PREFIX}{MANIFEST_NAME}"))
     assert type(told) is error
     assert told.outcome == "unknown"
     assert isinstance(other, RankTimeout)
@@ -120,7 +105,7 @@ def test_a_parity_that_nobody_was_told_of_stays_whole() -> None:
     def part(coordinator: Coordinator) -> None:
         protect(coordinator, store, Committed(PREFIX, ATTEMPT, digest), 2, workers=1)
 
-    assert on_two_ranks(store, record, part) == [None, None]
+    assert on_two_ranks(part, cut_behind(store, record)) == [None, None]
     (found,) = verify(store, read_data=True)
     assert found.ok
     store.delete(next(name for name in names(store) if "/rank-00001-" in name))

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +21,17 @@ from shardckpt.checksum import block_digests
 from shardckpt.coordinate import Coordinator
 from shardckpt.feed import Feed
 from shardckpt.images import ImageServer, OwnImage, PeerImage
+from shardckpt.keystore import KeyClient, KeyServer, listen
+from shardckpt.layout import Mesh, MeshLayout, Shard
+from shardckpt.maintain.verify import verify
+from shardckpt.manifest import manifest_digest
 from shardckpt.neighbors import Neighbors, reachable_address
+from shardckpt.parity.record import find_parity
 from shardckpt.parity.xor import Body, Image, Others
+from shardckpt.protect import Committed, protect
 from shardckpt.store import MemoryStore
+from tests.engine.pairs import on_two_ranks
+from tests.engine.simulate import ATTEMPT, by_hand, save
 from tests.ranks import RankPool, meet
 from tests.store.helpers import some_bytes, store_file
 
@@ -27,6 +40,7 @@ CHUNK = 4 * BLOCK
 SIZE = 5 * CHUNK + 77
 """Bytes."""
 PATIENCE = 60.0
+_numbers = itertools.count()
 
 
 def a_feed(seed: int = 0, size: int = SIZE) -> Feed:
@@ -100,6 +114,39 @@ def test_a_closed_server_hangs_up_on_everybody() -> None:
     server.close()
     assert taken(peer, 0, 9) is None
     peer.close()
+
+
+def test_who_does_not_say_the_secret_is_hung_up_on() -> None:
+    server = ImageServer(a_feed(), patience=2.0)
+    with socket.create_connection(("localhost", server.port), PATIENCE) as connection:
+        connection.sendall(server.secret[:-1])
+        assert connection.recv(1) == b""
+    peer = PeerImage("localhost", server.port, server.secret)
+    assert taken(peer, 0, 9) == some_bytes(SIZE, 0)[:9]
+    peer.close()
+    server.close()
+
+
+def trickle(listener: socket.socket, is_over: threading.Event) -> None:
+    """Give a caller one byte after the other, slowly, and never all."""
+    caller, _ = listener.accept()
+    with caller, contextlib.suppress(OSError):
+        while not is_over.wait(0.05):
+            caller.sendall(b"x")
+
+
+def test_a_range_that_trickles_in_is_not_waited_for() -> None:
+    """Each byte comes in time, and all of them would take days."""
+    is_over = threading.Event()
+    with listen() as listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(trickle, listener, is_over)
+        peer = PeerImage("localhost", listener.getsockname()[1], bytes(16), patience=2.0)
+        try:
+            assert taken(peer, 0, 1 << 20) is None
+            assert taken(peer, 0, 1) is None
+        finally:
+            peer.close()
+            is_over.set()
 
 
 class Told:
@@ -177,6 +224,47 @@ def come_alone(place: str) -> list[str]:
 
 def test_a_rank_that_tells_nothing_is_left_out(ranks: RankPool) -> None:
     assert ranks.run(2, come_alone, "asked", timeout=PATIENCE) == [[], ["one"]]
+
+
+class Lying(KeyClient):
+    """The connection of a rank that tells the others something else than where it is."""
+
+    def __init__(self, server: KeyServer, place: bytes | None) -> None:
+        super().__init__("localhost", server.port, PATIENCE)
+        self._place = place
+
+    def set(self, key: str, value: bytes | str) -> None:
+        if key.startswith("image-"):
+            if self._place is None:
+                raise ValueError("this rank does not know where it is")
+            value = b"\1\0\0\0" + self._place
+        super().set(key, value)
+
+
+LIES: dict[str, bytes | None] = {
+    "nothing": None,
+    "noise": b"\xc1\xff\x00",
+    "no port": msgspec.msgpack.encode(("other", "localhost", 70_000, bytes(16))),
+    "a port of nobody": msgspec.msgpack.encode(("other", "localhost", 1, bytes(16))),
+    "no name of a host": msgspec.msgpack.encode(("other", "x" * 70 + ".example", 80, bytes(16))),
+    "fields too many": msgspec.msgpack.encode(("other", "localhost", 80, bytes(16), 1)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_a_rank_that_tells_nonsense_costs_a_read_of_storage(lie: bytes | None) -> None:
+    layout = MeshLayout((40_001, 3), Mesh((0, 1), (2,)), (Shard(0),))
+    store = MemoryStore(f"lying-{next(_numbers)}")
+    saved = save(store, by_hand(2, {"x": ("float32", layout, (0, 1))}), "step-00000007/")
+    committed = Committed("step-00000007/", ATTEMPT, manifest_digest(saved.manifest))
+
+    def part(coordinator: Coordinator) -> None:
+        protect(coordinator, store, committed, 2, workers=1)
+
+    assert on_two_ranks(part, second=lambda server: Lying(server, lie)) == [None, None]
+    (found,) = verify(store, read_data=True)
+    assert found.ok
+    assert find_parity(store, "step-00000007/", saved.checkpoint) is not None
 
 
 def test_a_lone_rank_has_its_own_data() -> None:
