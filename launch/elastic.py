@@ -3,7 +3,7 @@
 
 Each node is an agent of ``shardckpt run --nnodes 1:4`` on this machine, with one process that trains. When the job is over,
 what each process has consumed is compared with the same training in one process that nothing happens to. The exit status is 1
-when a step was lost, a sample was missed or came twice beyond the steps since the last save, or a loss or weight is another one.
+when a step was lost, a sample was missed or came twice beyond the steps since the last save, or a loss or weight differs.
 """
 
 from __future__ import annotations

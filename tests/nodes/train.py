@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small training job for torchrun on several hosts, which loses some of them; it goes on until it is told to stop.
 
-In a directory that all share it writes what each start begins with (``start-N``), and what each rank of it consumes
-(``steps-N-RANK``: step, loss, samples). Saves can be stopped in a phase, as ``ambush`` there says.
+It trains what the elastic demo trains, and writes down the same in a directory that all share. Saves can be stopped in a phase,
+as ``ambush`` there says.
 """
 
 from __future__ import annotations
@@ -16,42 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import shardckpt
+from launch.elastic_train import BATCH, SAMPLES, Log, build, train_step
 from shardckpt.errors import RankTimeout
 from tests.engine.stores import checkpointer
 from tests.nodes.cluster import come_to
 from tests.nodes.gates import Gated
 
-SAMPLES, BATCH, SAVE_EVERY = 120, 12, 5
+SAVE_EVERY = 5
 TIMEOUT = 8.0
 """Seconds that a save waits for other ranks; in an ambush all of them are at their gates before one is killed."""
 LONG = 300.0
 _GO_ON, _STOP, _AMBUSH = 0.0, 1.0, 2.0
 _PAUSE = 0.02
-
-
-def dataset() -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets; the same in each process."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(SAMPLES, 8, generator=generator), torch.randn(SAMPLES, 1, generator=generator)
-
-
-def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model, and what trains it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-
-def gradients(model: nn.Module, batch: list[int]) -> torch.Tensor:
-    """Leave the gradients of this rank's part of a batch, as a part of those of the whole; returns its part of the loss."""
-    inputs, targets = dataset()
-    model.zero_grad()
-    loss = (model(inputs[batch]) - targets[batch]).square().sum() / BATCH
-    loss.backward()
-    return loss.detach()
 
 
 class Start:
@@ -70,43 +48,20 @@ class Start:
         with shardckpt.Checkpointer(self._root, keep_last=3, options=shardckpt.Options(timeout=LONG)) as ckpt:
             restored = ckpt.restore(self._state)
             first = restored.step + 1 if restored else 1
-            number = self._announce(first)
-            with (self._directory / f"steps-{number}-{self._rank}").open("w", buffering=1) as log:
-                for step, batch in enumerate(self._sampler.track(self._sampler, repeat=True), first):
-                    order = self._step(step, batch, log)
-                    if step % SAVE_EVERY == 0 or order != _GO_ON:
-                        if order == _AMBUSH:
-                            self._walk_into_ambush(step)
-                        ckpt.save(step, self._state).result(LONG)
-                        log.write(f"saved {step}\n")
-                    if order == _STOP:
-                        return
-                    # a step of a real job takes longer
-                    time.sleep(_PAUSE)
-
-    def _announce(self, first: int) -> int:
-        number = [len(list(self._directory.glob("start-*")))]
-        dist.broadcast_object_list(number, 0)
-        if self._rank == 0:
-            told = {"ranks": self._size, "first": first}
-            file = self._directory / "new"
-            file.write_text(json.dumps(told))
-            file.rename(self._directory / f"start-{number[0]}")
-        return number[0]
-
-    def _step(self, step: int, batch: list[int], log: object) -> float:
-        loss = gradients(self._model, batch)
-        # what rank 0 has found to do goes with what is summed anyway
-        vector = torch.cat([p.grad.flatten() for p in self._model.parameters() if p.grad is not None])
-        vector = torch.cat([vector, loss.view(1), torch.tensor([self._order()])])
-        dist.all_reduce(vector)
-        at = 0
-        for p in self._model.parameters():
-            p.grad = vector[at : at + p.numel()].view_as(p).clone()
-            at += p.numel()
-        self._optimizer.step()
-        print(step, vector[-2].item(), *batch, file=log)  # type: ignore[call-overload]
-        return vector[-1].item()
+            log = Log(self._directory, first)
+            for step, batch in enumerate(self._sampler.track(self._sampler, repeat=True), first):
+                # what rank 0 has found to do goes with what is summed anyway
+                loss, order = train_step(self._model, self._optimizer, batch, self._order())
+                log.did(step, loss, batch)
+                if step % SAVE_EVERY == 0 or order != _GO_ON:
+                    if order == _AMBUSH:
+                        self._walk_into_ambush(step)
+                    ckpt.save(step, self._state).result(LONG)
+                    log.saved(step)
+                if order == _STOP:
+                    return
+                # a step of a real job takes longer
+                time.sleep(_PAUSE)
 
     def _order(self) -> float:
         if self._rank != 0:
