@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.elastic_proof import prove_directory, read
+from launch.elastic_train import BATCH
+from tests.engine.waiting import until
 from tests.launch.dockerfile import Build, ignored, parse
 from tests.launch.test_slurm import ROOT
 
@@ -72,7 +77,10 @@ def test_all_that_is_copied_reaches_the_builder_and_nothing_else_of_weight() -> 
 def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> None:
     assert set(NODES) == {"node0", "node1"}
     for name, node in NODES.items():
-        options = dict(word.removeprefix("--").split("=", 1) for word in node["command"] if word.startswith("--"))
+        command = node["command"]
+        options = dict(
+            word.removeprefix("--").split("=", 1) for word in command[: command.index("--")] if word.startswith("--")
+        )
         assert node["hostname"] == name
         assert options["nnodes"] == "1:2"
         assert options["rdzv-endpoint"].split(":")[0] == "node0"
@@ -82,11 +90,56 @@ def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> Non
         # torchrun kills what is left before compose kills torchrun
         grace = int(node["stop_grace_period"].removesuffix("s"))
         assert int(node["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
-        # the batch has to divide by one, two and four processes
-        assert 12 % (2 * int(options["nproc-per-node"])) == 0
+        assert BATCH % (2 * int(options["nproc-per-node"])) == 0
         build = node["build"]
         assert (COMPOSE.parent / build["context"] / build["dockerfile"]).resolve() == DOCKERFILE
         assert f"ARG {next(iter(build['args']))}=" in TEXT
+
+
+def a_free_port() -> int:
+    """Below those that are given to who asks for any port, so that nobody else gets it in between."""
+    for port in range(20000, 30000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
+    """The commands of both nodes, here, with a directory as their volume."""
+    moved = {"/checkpoints": str(tmp_path), "node0:29400": f"127.0.0.1:{a_free_port()}"}
+    directory = tmp_path / "elastic"
+    agents = []
+    with contextlib.ExitStack() as stack:
+        for name, node in NODES.items():
+            words = node["command"]
+            for old, new in moved.items():
+                words = [word.replace(old, new) for word in words]
+            environ = {
+                **os.environ,
+                **node["environment"],
+                "PET_LOCAL_ADDR": "127.0.0.1",
+                "RES_OPTIONS": "timeout:1 attempts:1",
+            }
+            log = stack.enter_context((tmp_path / name).open("wb"))
+            agent = subprocess.Popen(
+                [tool(words[0]), *words[1:]], cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            stack.callback(agent.wait, 60)
+            stack.callback(agent.terminate)
+            agents.append(agent)
+
+        def is_training() -> bool:
+            assert not any(agent.poll() for agent in agents), [(tmp_path / name).read_text() for name in NODES]
+            starts = read(directory)
+            return bool(starts) and starts[-1].ranks == 4 and bool(starts[-1].saved)
+
+        until(is_training, 300)
+        (directory / "stop").touch()
+        assert [agent.wait(120) for agent in agents] == [0, 0]
+    assert prove_directory(directory)[1].steps >= 10
 
 
 @pytest.mark.parametrize(("age", "status"), [(None, 1), (0, 0), (29 * 60, 0), (60 * 60, 1)])
