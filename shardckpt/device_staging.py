@@ -15,7 +15,7 @@ from .stage import FileData, Part
 
 def on_cuda(tensor: torch.Tensor) -> bool:
     """Whether a tensor is copied on a stream beside the current one; what is elsewhere is copied by threads."""
-    return tensor.device.type == "cuda"
+    return tensor.is_cuda
 
 
 class DeviceCopies:

@@ -180,6 +180,7 @@ class Saver:
         """Watches the GPUs that states lie on."""
         self._plan: RankPlan | None = None
         self._key = b""
+        self._table: tuple[list[str], list[Described], bytes] = [], [], b""
 
     def save(
         self,
@@ -240,7 +241,7 @@ class Saver:
             with timings.measure("capture"):
                 captured = capture(state)
                 described = _describe(captured, tensors)
-                table = encode_table(sorted(state), described)
+                table = self._encode_table(sorted(state), described)
                 devices.update(tensor.device for tensor in tensors.values())
                 require_sound()
             values = {"save:step": step, "save:metadata": encode_value(dict(metadata), "metadata")}
@@ -251,6 +252,14 @@ class Saver:
         with timings.measure("plan"):
             plan = self._plan_for(exchanged)
         return Prepared(prefix, exchanged, self._coordinator.rank, plan, tensors, require_sound, begun, verify, self.fence)
+
+    def _encode_table(self, top: list[str], described: list[Described]) -> bytes:
+        """The table, which is the one of the last save if it says the same: to compare takes a tenth of the time."""
+        last_top, last_described, table = self._table
+        if not table or (top, described) != (last_top, last_described):
+            table = encode_table(top, described)
+            self._table = top, described, table
+        return table
 
     def _plan_for(self, exchanged: Exchanged) -> RankPlan:
         """The plan, which is the one of the last save if nothing has changed since."""

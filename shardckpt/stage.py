@@ -27,7 +27,7 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
     """Wait until what was queued on the tensors' devices is done, so that other threads and streams read final values."""
-    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
         torch.accelerator.synchronize(device)
 
 
@@ -36,16 +36,15 @@ def gather(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, position
 
     Any device and any strides; no more memory than the buffer is used.
     """
-    size = tensor.element_size()
-    end = position + (stop - start) * size
-    if tensor.device.type == "cpu" and tensor.is_contiguous():
+    size = tensor.itemsize
+    if tensor.is_cpu and tensor.is_contiguous():
         # gives up the GIL, starts no threads of its own, and costs a small tensor a fifth of what a view by numpy does
         source = tensor.data_ptr()
         if not source and start < stop:
             raise StateChanged("the memory of a tensor was given back while a save still needed it: save with stage='eager'")
-        ctypes.memmove(buffer.address + position, source + start * size, end - position)
+        ctypes.memmove(buffer.address + position, source + start * size, (stop - start) * size)
         return
-    target = buffer.tensor[position:end].view(tensor.dtype)
+    target = buffer.tensor[position : position + (stop - start) * size].view(tensor.dtype)
     if tensor.is_contiguous():
         target.copy_(tensor.detach().reshape(-1)[start:stop])
     else:

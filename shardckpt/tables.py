@@ -35,9 +35,8 @@ Spread = MeshLayout | FlatLayout | BoxLayout
 """What all ranks together say of a tensor that they share."""
 
 
-@dataclass(frozen=True, slots=True)
-class Described:
-    """One tensor as one rank sees it, without its data."""
+class Described(msgspec.Struct, frozen=True):
+    """One tensor as one rank sees it, without its data. Each save makes them anew, and compares them with those of the last."""
 
     name: str
     """Full name in the state tree."""

@@ -45,11 +45,21 @@ def is_plain(value: object, depth: int = 0) -> bool:
     return False
 
 
+def is_node(value: object) -> bool:
+    """Whether ``value`` is a plain dict with names for keys, which is a node of the tree and nothing else."""
+    return type(value) is dict and bool(value) and _has_names(value)
+
+
 def is_value_leaf(value: object) -> bool:
     """Whether ``value`` is stored as one value: mappings with str keys are nodes of the tree, unless empty."""
     if isinstance(value, Mapping) and not isinstance(value, Counter) and value:
-        return not all(type(key) is str for key in value) and is_plain(value)
+        return not _has_names(value) and is_plain(value)
     return is_plain(value)
+
+
+def _has_names(value: Mapping[Any, Any]) -> bool:
+    """Whether all keys are str, and no subclass."""
+    return set(map(type, value)) <= {str}
 
 
 def container_of(value: Any, path: str) -> tuple[dict[str, Any], Container | None] | None:
@@ -59,7 +69,7 @@ def container_of(value: Any, path: str) -> tuple[dict[str, Any], Container | Non
         return {str(at): item for at, item in enumerate(value)}, container
     if not isinstance(value, Mapping):
         return None
-    if all(type(key) is str for key in value):
+    if _has_names(value):
         return dict(value), None
     keys: dict[str, Any] = {}
     for key in value:

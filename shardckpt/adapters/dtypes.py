@@ -10,17 +10,18 @@ from ..layout import ITEMSIZE
 _BY_NAME: dict[str, torch.dtype] = {
     name: dtype for name in ITEMSIZE if isinstance(dtype := getattr(torch, name, None), torch.dtype)
 }
+_NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
 _BITS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of ``dtype`` in the format."""
-    return str(dtype).removeprefix("torch.")
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def is_storable(dtype: torch.dtype) -> bool:
     """Whether tensors of ``dtype`` can be stored: all but quantized and sub-byte ones."""
-    return dtype_name(dtype) in _BY_NAME
+    return dtype in _NAMES
 
 
 def dtype_named(name: str) -> torch.dtype:

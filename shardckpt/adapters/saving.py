@@ -11,7 +11,7 @@ from ..describe import LocalTensor, Placed, Whereabouts, describe, is_tensor_lea
 from ..errors import DuplicateName
 from ..tree import child
 from ..values import Container, Value, encode_value, unsupported
-from .base import Descent, Nothing, PerRank, container_of, is_value_leaf
+from .base import Descent, Nothing, PerRank, container_of, is_node, is_value_leaf
 from .names import ParameterNames
 
 
@@ -56,6 +56,12 @@ class Saving:
             self.add(path, value.value, per_rank=True)
         elif is_tensor_leaf(value):
             self._add_tensor(path, value, per_rank)
+        elif is_node(value):
+            # without asking the adapters: optimizers have one per parameter
+            self._descent.enter(value, path)
+            for key, item in value.items():
+                self.add(child(path, key), item, per_rank=per_rank)
+            self._descent.leave(value)
         elif is_value_leaf(value):
             self._add_value(path, value, per_rank)
         else:
@@ -92,17 +98,14 @@ class Saving:
         self._claim(path)
         if isinstance(leaf, Placed) and not leaf.stored:
             return
-        if per_rank:
-            placed = describe(leaf, path, self.here.rank, per_rank=True)
-            alias_of = None
-        else:
-            if id(leaf) in self._first_names:
-                alias_of = self._first_names[id(leaf)][1]
-                placed = None if alias_of is None else describe(leaf, path, self.here.rank)
-            else:
-                alias_of = None
-                placed = describe(leaf, path, self.here.rank)
+        alias_of, first = None, None if per_rank else self._first_names.get(id(leaf))
+        if first is None:
+            placed = describe(leaf, path, self.here.rank, per_rank=per_rank)
+            if not per_rank:
                 self._first_names[id(leaf)] = (leaf, None if placed is None else path)
+        else:
+            alias_of = first[1]
+            placed = None if alias_of is None else describe(leaf, path, self.here.rank)
         if placed is not None:
             self.captured.tensors.append(LocalTensor(path, placed.data, placed.layout, alias_of))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -82,6 +83,7 @@ class NameCleaner:
         return strip_wrappers(name)
 
 
+@lru_cache(maxsize=1 << 16)
 def strip_wrappers(name: str) -> str:
     """``name`` without the parts that wrappers add by themselves."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

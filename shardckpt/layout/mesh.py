@@ -69,10 +69,17 @@ class Mesh:
 
     def coordinate(self, rank: int) -> Ints | None:
         """Where ``rank`` stands in the mesh, or None when it does not."""
-        at = self.index.get(rank)
-        if at is None:
-            return None
-        return tuple(at // stride % size for stride, size in zip(row_major_strides(self.shape), self.shape, strict=True))
+        known = self._coordinates.get(rank)
+        if known is None and (at := self.index.get(rank)) is not None:
+            strides = row_major_strides(self.shape)
+            known = tuple(at // stride % size for stride, size in zip(strides, self.shape, strict=True))
+            self._coordinates[rank] = known
+        return known
+
+    @cached_property
+    def _coordinates(self) -> dict[int, Ints]:
+        # each rank asks for its own, once per tensor
+        return {}
 
     def select(self, fixed: tuple[int | None, ...]) -> Ints:
         """Ranks at the coordinates that match ``fixed``; None stands for all along that dimension."""

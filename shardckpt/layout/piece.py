@@ -84,7 +84,7 @@ class Piece:
         """Whether only a part of the grid is held, as a 1-d array."""
         return self.numel != prod(self.grid_shape)
 
-    @property
+    @cached_property
     def shape(self) -> Ints:
         """Shape of the piece as an array: the grid's, or ``(numel,)`` for a window."""
         return (self.numel,) if self.is_window else self.grid_shape

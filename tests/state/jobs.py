@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -194,7 +195,7 @@ def _fsdp1(model: Net, kind: str) -> nn.Module:
 
 def portable(captured: Captured) -> Captured:
     """``captured`` with tensors that do not carry the memory around them along."""
-    tensors = [dataclasses.replace(tensor, data=tensor.data.detach().clone()) for tensor in captured.tensors]
+    tensors = [msgspec.structs.replace(tensor, data=tensor.data.detach().clone()) for tensor in captured.tensors]
     return dataclasses.replace(captured, tensors=tensors)
 
 
