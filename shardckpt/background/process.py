@@ -204,6 +204,9 @@ class BackgroundProcess:
         """Whether it is there, as far as is known."""
         return not self._gone and self._process.poll() is None
 
+    def _is_there(self) -> bool:
+        return self._process.poll() is None
+
     def send(self, order: Order) -> None:
         """Tell it something."""
         self._line.send(order)
@@ -248,7 +251,7 @@ class BackgroundProcess:
 
     def _listen(self) -> None:
         while True:
-            report = self._line.receive()
+            report = self._line.receive(self._is_there)
             with self._changed:
                 if isinstance(report, Listening):
                     self._port = report.port

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import ConfigError, Options
-from shardckpt.background.process import ProcessCarrier, settle
+from shardckpt.background.messages import Setup
+from shardckpt.background.process import BackgroundProcess, ProcessCarrier, settle
 from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout, StorageFull, StoreError
 from shardckpt.feed import Feed
 from shardckpt.finish import Job
@@ -149,6 +150,41 @@ def test_children_of_a_dead_trainer_do_not_keep_it_alive(tmp_path: Path) -> None
 
 
 # ---- losing it
+
+
+class Forking:
+    """Memory that looks as if another thread forks while the process is started: somebody keeps all sockets open."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+    @property
+    def fd(self) -> int:
+        self.kept += [os.dup(int(fd)) for fd in os.listdir("/proc/self/fd") if link(fd).startswith("socket:")]
+        return 0
+
+
+def link(fd: str) -> str:
+    """What a descriptor stands for; "" when it is gone."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def test_its_end_is_noticed_although_others_hold_its_line_open(tmp_path: Path) -> None:
+    memory = Forking()
+    setup = Setup(url=str(tmp_path), trainer=os.getpid(), rank=0, world_size=1, hosts=("a",), timeout=PATIENCE, workers=1)
+    process = BackgroundProcess(setup, memory)  # type: ignore[arg-type]  # it needs no more of it
+    try:
+        kill(background_process())
+        process._listener.join(PATIENCE)
+        assert not process._listener.is_alive()
+        assert process.describe_end() == "was killed by signal 9"
+    finally:
+        for fd in memory.kept:
+            os.close(fd)
+        process.close()
 
 
 def a_part(step: int) -> dict[str, Any]:
