@@ -25,12 +25,19 @@ def describe(error: BaseException) -> Failure:
     else:
         name = type(error).__name__
         failure = Failure(RankFailed.__name__, f"{name}: {error}", {"error": name})
-    try:
-        msgspec.msgpack.encode(failure)
-    except (TypeError, ValueError, OverflowError):
-        # Details that are no JSON values, or a file name that is no UTF-8.
-        failure = Failure(failure.kind, failure.message.encode(errors="backslashreplace").decode(), {})
+    if not _travels(failure):
+        # Details that are no JSON values, or a file name that is no UTF-8. The others tell what may be removed.
+        message = failure.message.encode(errors="backslashreplace").decode()
+        failure = Failure(failure.kind, message, {key: value for key, value in failure.details.items() if _travels(value)})
     return failure
+
+
+def _travels(value: object) -> bool:
+    try:
+        msgspec.msgpack.encode(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def note_common(error: Exception, told: CheckpointError) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -66,9 +67,8 @@ class LostReply(MemoryStore):
             raise StoreError("the reply is lost")
 
 
-@pytest.mark.parametrize(("kind", "error"), [(MemoryStore, CoordinationError), (LostReply, StoreError)])
-def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore], error: type[CheckpointError]) -> None:
-    store = kind(f"untold-{next(_numbers)}")
+def a_save(store: MemoryStore) -> Callable[[Coordinator], None]:
+    """What each rank does to save step 7."""
     plan = a_plan()
     wholes = random_tensors(plan)
 
@@ -87,11 +87,28 @@ def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore
         source = LiveSource(data, chunk_size(plan.block_size), 1, dict)
         finish_save(job, source, store, coordinator, workers=1, timings=Timings())
 
-    told, other = on_two_ranks(part, cut_behind(store, f"{PREFIX}{MANIFEST_NAME}"))
+    return part
+
+
+@pytest.mark.parametrize(("kind", "error"), [(MemoryStore, CoordinationError), (LostReply, StoreError)])
+def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore], error: type[CheckpointError]) -> None:
+    store = kind(f"untold-{next(_numbers)}")
+    told, other = on_two_ranks(a_save(store), cut_behind(store, f"{PREFIX}{MANIFEST_NAME}"))
     assert type(told) is error
     assert told.outcome == "unknown"
     assert isinstance(other, RankTimeout)
     assert other.ranks == [0]
+    (found,) = verify(store, read_data=True)
+    assert found.ok
+
+
+@pytest.mark.parametrize("name", ["plain", "not-UTF-8-\udcff"])
+def test_that_a_commit_is_uncertain_is_told_to_all(name: str) -> None:
+    """An error is told to the other ranks without what cannot be sent, such as the name of a directory, and with all else."""
+    store = LostReply(f"{name}-{next(_numbers)}")
+    errors = on_two_ranks(a_save(store))
+    assert [type(error) for error in errors] == [StoreError, StoreError]
+    assert [error.outcome for error in errors if error is not None] == ["unknown"] * 2
     (found,) = verify(store, read_data=True)
     assert found.ok
 
