@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from .coordinate import Coordinator
-from .errors import ConfigError
+from .errors import ConfigError, told
 from .events import Event, Sink, Timings
 from .loading import Load, Restored
+from .meeting import require_joined
 from .options import Options
 from .readback import Verify
 from .root import find_checkpoint
@@ -37,11 +38,12 @@ def save(
     it, and a difference to what was in the tensors raises `ChecksumMismatch` on all ranks. ``on_event`` is called on each
     rank, at the end, with an `Event` for each phase of the save.
     """
-    options, sink, timings = options or Options(), Sink(on_event), Timings()
+    options, sink, timings = Options.of(options), Sink(on_event), Timings()
     check_step(step)
     check_metadata(metadata)
     check_verify(verify)
     store = open_store(url)
+    require_joined()
     with Coordinator.connect(timeout=options.timeout) as coordinator:
         saved = Saver(coordinator, store, options).save("", step, state, metadata or {}, timings, verify)
         sink.report("save", step, coordinator.rank, timings)
@@ -70,7 +72,7 @@ def load(
     ``convert_dtype=True``. ``expect_digest`` is the digest that `save` returned; any other manifest is refused. ``on_event`` is
     called on each rank, at the end, with an `Event` for each phase of the load.
     """
-    options, sink = options or Options(), Sink(on_event)
+    options, sink = Options.of(options), Sink(on_event)
     store = open_store(url)
     selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)
     with Coordinator.connect(timeout=options.timeout) as coordinator:
@@ -81,7 +83,7 @@ def load(
 def check_step(step: int) -> None:
     """Refuse what is no step number."""
     if type(step) is not int or not 0 <= step < 10**18:
-        raise ConfigError(f"step={step!r} is not an int from 0 to 10**18 - 1")
+        raise ConfigError(f"step={told(step)} is not an int from 0 to 10**18 - 1")
 
 
 def check_verify(verify: object) -> None:
@@ -93,4 +95,4 @@ def check_verify(verify: object) -> None:
 def check_metadata(metadata: object) -> None:
     """Refuse what is no mapping; its values are checked when they are encoded."""
     if metadata is not None and not (isinstance(metadata, Mapping) and all(type(key) is str for key in metadata)):
-        raise ConfigError(f"metadata={metadata!r} is not a mapping with str keys; write metadata={{'run': 'a'}}")
+        raise ConfigError(f"metadata={told(metadata)} is not a mapping with str keys; write metadata={{'run': 'a'}}")

@@ -39,6 +39,7 @@ from .handle import SaveHandle
 from .journal import Journal
 from .loading import Restored
 from .manifest import step_directory
+from .meeting import require_joined
 from .options import Options, Retention, Schedule
 from .policy import SavePolicy
 from .progress import Progress
@@ -109,7 +110,8 @@ class Checkpointer:
         begins when the last one is durable) and ``max_overhead`` (saves take at most this share of the time, say 0.02).
         ``on_event`` is called on each rank with an `Event` for each phase of a save or restore that is over, from any thread.
         """
-        self._options = options or Options()
+        self._options = Options.of(options)
+        require_joined()
         if self._options.pin_memory == "always":
             require_cuda("pin_memory='always'")
         self._retention = Retention(keep_last=keep_last, keep_every=keep_every)
@@ -247,6 +249,7 @@ class Checkpointer:
         part is filled anew, or `MissingNames` is raised. When no step is intact, the error of the newest one is raised.
         A save that comes to a skipped step replaces it.
         """
+        check_step(0 if step is None else step)
         self._background.wait()
         self._surface()
         selection = Selection(keys=keys, strict=strict, convert_dtype=convert_dtype, expect_digest=expect_digest)

@@ -249,6 +249,12 @@ class RankFailed(CoordinationError):
     """Another rank failed with an error that is not one of shardckpt's own."""
 
 
+def told(value: object) -> str:
+    """A value in the text of an error: what Python writes, unless that is long or has several lines."""
+    text = repr(value)
+    return text if len(text) <= 80 and text.isprintable() else f"{type(value).__name__}(...)"
+
+
 def _rebuild(kind: type[CheckpointError], message: str, details: dict[str, Any]) -> CheckpointError:
     return kind(message, **details)
 

@@ -145,7 +145,7 @@ def load_for_inference(url: str | os.PathLike[str], model: nn.Module, config: In
         raise ConfigError(f"model={model!r} is no torch.nn.Module")
     if not isinstance(config, InferenceConfig):
         raise ConfigError(f"config={config!r} is no shardckpt.InferenceConfig")
-    options = config.options or Options()
+    options = Options.of(config.options)
     store = open_store(url)
     keys = [f"{escape(config.key)}/*"]
     selection = Selection(keys=keys, strict=config.strict, convert_dtype=True, expect_digest=config.expect_digest)

@@ -51,6 +51,20 @@ def my_place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def require_joined(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise `ConfigError` when a launcher has started several processes that know nothing of each other: each would save as if
+    it were the only one, and all of them to one place."""
+    import torch.distributed as dist
+
+    size = environ.get("WORLD_SIZE", "")
+    is_joined = dist.is_available() and dist.is_initialized()
+    if not is_joined and size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={size} says that this process is one of several, but torch.distributed is not set up: call "
+            "torch.distributed.init_process_group() before, or unset WORLD_SIZE for a process that saves to a place of its own"
+        )
+
+
 def make_group(timeout: float) -> dist.ProcessGroup:
     """A gloo group of all ranks. Collective; raises `RuntimeError`."""
     import torch.distributed as dist

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .environment import TIMEOUT_SECONDS, default_timeout
-from .errors import ConfigError
+from .errors import ConfigError, told
 
 GRACE_SECONDS = 86400.0
 """After this long without a sign of life an attempt at a save is taken for dead, unless the caller says otherwise."""
@@ -78,7 +78,7 @@ class Options:
     damaged: raise `DeviceMemoryError` on all ranks until a good state is restored, or log a warning."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.timeout, int | float) or not 0 < self.timeout < 1e7:
+        if not _is_number_within(self.timeout, 0, 1e7):
             raise ConfigError(
                 f"timeout={self.timeout!r} is not a number of seconds above 0; the default is {TIMEOUT_SECONDS:g}"
             )
@@ -109,6 +109,15 @@ class Options:
                 f"parity={self.parity!r} is not 'xor:G' with G, the number of ranks that share a parity, at least 2 (or None): "
                 "'xor:4' takes a quarter more bytes, and of each 4 files one can be rebuilt"
             )
+
+    @classmethod
+    def of(cls, options: object) -> Options:
+        """What an argument ``options=`` says: the defaults for None; `ConfigError` for what is no `Options`."""
+        if options is None:
+            return cls()
+        if not isinstance(options, cls):
+            raise ConfigError(f"options={told(options)} is no shardckpt.Options; write options=shardckpt.Options(stage='lazy')")
+        return options
 
     def parity_group(self, world_size: int) -> int | None:
         """How many ranks share a parity at most, None without parity; `ConfigError` when there are not so many ranks."""

@@ -25,7 +25,7 @@ def check_signals(signals: Sequence[int]) -> None:
     if not signals:
         raise ConfigError("on_signal needs at least one signal, such as signal.SIGTERM")
     for signum in signals:
-        if signum not in signal.valid_signals():
+        if not isinstance(signum, int) or signum not in signal.valid_signals():
             raise ConfigError(f"{signum!r} is not a signal; the signal module has their names, such as signal.SIGTERM")
         if signum in (signal.SIGKILL, signal.SIGSTOP):
             raise ConfigError(f"no process can handle {signal.Signals(signum).name}; SIGTERM is what asks a process to stop")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .engines import get_checkpoint_engine
-from .errors import ConfigError
+from .errors import ConfigError, told
 from .loading import Restored
 from .options import Options
 
@@ -64,7 +64,7 @@ def resume(
     `Checkpointer.restore`, as are the errors; `ConfigError` is raised for what is neither an object of its kind nor makes one.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={_told(model)} is no torch.nn.Module")
+        raise ConfigError(f"model={told(model)} is no torch.nn.Module")
     extra = _check_extra(extra)
     optimizer = _make_optimizer(model, optimizer)
     scheduler = _make_scheduler(optimizer, scheduler)
@@ -84,7 +84,7 @@ def _check_extra(extra: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if extra is None:
         return {}
     if not (isinstance(extra, Mapping) and all(type(key) is str for key in extra)):
-        raise ConfigError(f"extra={_told(extra)} is not a mapping with str keys; write extra={{'rng': shardckpt.RNGState()}}")
+        raise ConfigError(f"extra={told(extra)} is not a mapping with str keys; write extra={{'rng': shardckpt.RNGState()}}")
     taken = sorted({*NAMES} & {*extra})
     if taken:
         raise ConfigError(f"extra has {taken}: these names are those of the arguments; take other ones")
@@ -96,7 +96,7 @@ def _make_optimizer(model: nn.Module, optimizer: Any) -> Any:
         return optimizer
     if not callable(optimizer):
         raise ConfigError(
-            f"optimizer={_told(optimizer)} is neither an optimizer nor a function that makes one of parameters, such as "
+            f"optimizer={told(optimizer)} is neither an optimizer nor a function that makes one of parameters, such as "
             "functools.partial(torch.optim.AdamW, lr=3e-4)"
         )
     parameters = [param for param in model.parameters() if param.requires_grad]
@@ -112,7 +112,7 @@ def _make_scheduler(optimizer: Any, scheduler: Any) -> Any:
         return scheduler
     if not callable(scheduler):
         raise ConfigError(
-            f"scheduler={_told(scheduler)} is neither a scheduler nor a function that makes one of an optimizer, such as "
+            f"scheduler={told(scheduler)} is neither a scheduler nor a function that makes one of an optimizer, such as "
             "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
         )
     if optimizer is None:
@@ -128,10 +128,5 @@ def _has_state(value: object) -> bool:
 
 def _require_state(argument: str, made: Any) -> Any:
     if not _has_state(made):
-        raise ConfigError(f"{argument}= was called and made {_told(made)}, which has no state_dict and load_state_dict")
+        raise ConfigError(f"{argument}= was called and made {told(made)}, which has no state_dict and load_state_dict")
     return made
-
-
-def _told(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{type(value).__name__}(...)"

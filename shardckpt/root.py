@@ -140,14 +140,18 @@ class Root:
                 return
             ours = _is_known_file(entry.name) and (not prefix or entry.name != MANIFEST_NAME)
             if not ours and not entry.name.startswith("."):
-                foreign = foreign or entry.name
-        if foreign is not None:
-            raise NotACheckpointRoot(
-                f"{self._store.url} holds {foreign!r}, which is no {'step' if prefix else 'part of this checkpoint'}. "
-                "Use a new or an empty directory",
-                url=self._store.url,
-                found=foreign,
+                foreign = MANIFEST_NAME if entry.name == MANIFEST_NAME else foreign or entry.name
+        if foreign is None:
+            return
+        if foreign == MANIFEST_NAME:
+            what = (
+                "is itself a checkpoint, and no root with a directory for each step. Name the directory above it, if that is "
+                "one, or take shardckpt.load for this checkpoint alone"
             )
+        else:
+            part = "step" if prefix else "part of this checkpoint"
+            what = f"holds {foreign!r}, which is no {part}. Use a new or an empty directory"
+        raise NotACheckpointRoot(f"{self._store.url} {what}", url=self._store.url, found=foreign)
 
 
 def commit_times(found: Iterable[StepFiles]) -> dict[int, float]:

@@ -165,7 +165,7 @@ class ElasticSampler(Sampler[list[int]]):
         Raises `ConfigError` when the state is of another dataset length, seed or shuffle setting (in another
         order of the data the place means nothing: samples would be repeated or left out), or is none at all.
         """
-        if set(state) != {*_IDENTITY, *_POSITION}:
+        if not isinstance(state, Mapping) or set(state) != {*_IDENTITY, *_POSITION}:
             wanted = ", ".join((*_IDENTITY, *_POSITION))
             raise ConfigError(f"not a state of an ElasticSampler; wanted the keys {wanted}; got {state!r}")
         for name in _IDENTITY:

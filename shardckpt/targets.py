@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from .tree import StoredIndex, StoredTensor, decode_containers, unflatten
 from .validate import Checkpoint
 from .values import Container, decode_value
 
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII | re.IGNORECASE)
 VALUE_LIMIT = 256 << 20
 """Bytes; larger per-rank values are refused before memory is taken for them."""
 
@@ -41,6 +43,15 @@ class Selection:
     """The SHA-256 that the manifest must have."""
 
     def __post_init__(self) -> None:
+        for name in ("strict", "convert_dtype"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not True or False")
+        digest = self.expect_digest
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise ConfigError(
+                f"expect_digest={digest!r} is not the SHA-256 of a manifest, 64 hex digits. Saved.digest is that, and "
+                "shardckpt show prints it (shardckpt digest prints another one)"
+            )
         keys = self.keys
         if keys is None or (isinstance(keys, Collection) and not isinstance(keys, str) and all(type(k) is str for k in keys)):
             return

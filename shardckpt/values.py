@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -135,6 +136,10 @@ def _advice(value: object) -> str:
         return "Use x._asdict(), or tuple(x)."
     if isinstance(value, bytearray | memoryview) or hasattr(value, "getvalue"):
         return "Use bytes."
+    if isinstance(value, PurePath):
+        return "Use str(x)."
+    if type(value).__name__ == "Generator" and hasattr(value, "get_state"):
+        return "Use x.get_state(), a tensor; shardckpt.RNGState() has the state of the default generators."
     if isinstance(value, complex):
         return "Use torch.tensor(x), or a tuple of two floats."
     if callable(value):

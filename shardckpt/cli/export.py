@@ -191,9 +191,7 @@ def _names(file: typer.FileText) -> list[str]:
     try:
         return [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError:
-        raise ConfigError(
-            f"--order {file.name}: it is no text; write the names of all parameters, one a line"
-        ) from None
+        raise ConfigError(f"--order {file.name}: it is no text; write the names of all parameters, one a line") from None
 
 
 def _open(path: str) -> StoredCheckpoint:

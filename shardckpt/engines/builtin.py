@@ -37,7 +37,7 @@ def make_engine(
     options: Options | None = None,
 ) -> CheckpointEngine:
     """The engine of that name."""
-    chosen = replace(options or Options(), **_OPTIONS[name])
+    chosen = replace(Options.of(options), **_OPTIONS[name])
     checkpointer = Checkpointer(root, keep_last=keep_last, keep_every=keep_every, on_event=on_event, options=chosen)
     return CheckpointerEngine(checkpointer, wait=name == "sync")
 

@@ -53,7 +53,7 @@ class EngineRegistry:
 
     def get(self, name: str, root: str | os.PathLike[str], **arguments: Any) -> CheckpointEngine:
         """As `get_checkpoint_engine`."""
-        factory = self._factories.get(name) or self._load(name)
+        factory = (self._factories.get(name) if isinstance(name, str) else None) or self._load(name)
         engine = factory(root, **arguments)
         if not isinstance(engine, CheckpointEngine):
             raise ConfigError(

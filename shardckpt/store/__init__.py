@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _CLOUD: Final = ("s3", "gs", "az")
+_CUT_URL: Final = re.compile(r"(file|memory|https?|s3|gs|az):/", re.ASCII)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -35,9 +37,11 @@ def open_store(url: str | os.PathLike[str]) -> Store:
 
     Touches nothing yet. Raises `ConfigError` for anything else.
     """
-    location = os.fspath(url)
+    location = _text(url)
     scheme, separator, rest = location.partition("://")
     if not separator:
+        if _CUT_URL.match(location):
+            raise ConfigError(f"{location!r} has one slash where a URL has two: pathlib takes one away, so give it as a str")
         return _local(location, location)
     if scheme == "file":
         return _local(location, _path_of_file_url(location))
@@ -50,6 +54,16 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         "s3://bucket/path, gs://bucket/path or az://container/path",
         url=location,
     )
+
+
+def _text(url: object) -> str:
+    location = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if not isinstance(location, str):
+        raise ConfigError(
+            f"a {type(url).__name__} is not a place for checkpoints; take a path or a URL, as in '/ckpts/run42', and give it "
+            "first, before the state"
+        )
+    return location
 
 
 def _local(location: str, path: str) -> LocalStore:

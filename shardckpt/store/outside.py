@@ -142,9 +142,7 @@ def require_local(path: str) -> None:
     if not path or "\0" in path:
         raise ConfigError(f"{path!r} does not name a file or directory to write to")
     if _URL.match(path):
-        raise ConfigError(
-            f"{path!r} is a URL, and files for other programs go to local directories: name one, and copy it"
-        )
+        raise ConfigError(f"{path!r} is a URL, and files for other programs go to local directories: name one, and copy it")
 
 
 def require_only(path: str, expected: re.Pattern[str], *, fs: FileSystem = OPERATING_SYSTEM) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import errno
 import random
+import signal
 import subprocess
 import threading
 from collections import deque
@@ -39,6 +40,7 @@ from shardckpt.errors import (
     UnsupportedLeaf,
 )
 from shardckpt.journal import DIRECTORY
+from shardckpt.meeting import require_joined
 from shardckpt.options import Options
 from shardckpt.saving import Saver
 from shardckpt.store import LocalStore
@@ -100,6 +102,8 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "a lambda": (lambda: 0, "Store what identifies it"),
     "a class": (torch.nn.Linear, "Store what identifies it"),
     "a set": ({1, 2}, "Use sorted(x), a list"),
+    "a path": (Path("x"), "Use str(x)"),
+    "a generator of torch": (torch.Generator(), "Use x.get_state(), a tensor"),
     "a NumPy array": (np.zeros(3), "Use torch.from_numpy(x), or x.tolist()"),
     "a NumPy number": (np.float32(1.0), "Use .item() for a Python number"),
     "a complex number": (1j, "Use torch.tensor(x)"),
@@ -339,6 +343,78 @@ def test_a_disk_that_is_read_only(small_disk: Path) -> None:
         shardckpt.save(small_disk / "d", GOOD)
     assert shardckpt.load(small_disk / "c").state["step"] == 1
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+
+
+# ---- arguments of other kinds
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "the state before the place": (lambda root: shardckpt.save(GOOD, root), "a dict is not a place for checkpoints"),  # type: ignore[arg-type]
+    "no place": (lambda root: shardckpt.load(None), "a NoneType is not a place"),  # type: ignore[arg-type]
+    "a place in bytes": (lambda root: shardckpt.load(bytes(root)), "a bytes is not a place"),  # type: ignore[arg-type]
+    "a URL through pathlib": (lambda root: shardckpt.load(Path("s3://bucket/run")), "'s3:/bucket/run' has one slash"),
+    "options that are a dict": (
+        lambda root: shardckpt.Checkpointer(root, options={"stage": "lazy"}),  # type: ignore[arg-type]
+        "write options=shardckpt.Options(stage='lazy')",
+    ),
+    "options that are their class": (
+        lambda root: shardckpt.load(root, options=shardckpt.Options),  # type: ignore[arg-type]
+        "is no shardckpt.Options",
+    ),
+    "options of an engine": (
+        lambda root: shardckpt.get_checkpoint_engine("lazy", root, options={}),
+        "options={} is no shardckpt.Options",
+    ),
+    "an engine without a name": (
+        lambda root: shardckpt.get_checkpoint_engine(["sync"], root),  # type: ignore[arg-type]
+        "['sync'] is not known; there are: async",
+    ),
+    "a timeout of True": (lambda root: shardckpt.Options(timeout=True), "timeout=True is not a number of seconds"),
+    "strict in words": (lambda root: shardckpt.load(root, strict="no"), "strict='no' is not True or False"),  # type: ignore[arg-type]
+    "a dtype to convert to": (
+        lambda root: shardckpt.load(root, convert_dtype=torch.bfloat16),  # type: ignore[arg-type]
+        "convert_dtype=torch.bfloat16 is not True or False",
+    ),
+    "the digest of the content": (
+        lambda root: shardckpt.load(root, expect_digest="0" * 32),
+        "64 hex digits. Saved.digest is that, and shardckpt show prints it",
+    ),
+    "a digest as a number": (lambda root: shardckpt.load(root, expect_digest=7), "expect_digest=7 is not"),  # type: ignore[arg-type]
+    "a step in words": (lambda root: with_checkpointer(root, lambda c: c.restore({}, step="1")), "step='1' is not an int"),
+    "a step of True": (lambda root: with_checkpointer(root, lambda c: c.restore({}, step=True)), "step=True is not an int"),
+    "the state before the step": (
+        lambda root: with_checkpointer(root, lambda c: c.save({"w": torch.zeros(99)}, 2)),
+        "step=dict(...) is not an int from 0",
+    ),
+    "signals in a list": (
+        lambda root: with_checkpointer(root, lambda c: c.on_signal([signal.SIGTERM])),
+        "is not a signal; the signal module has their names",
+    ),
+    "no state of a sampler": (
+        lambda root: shardckpt.ElasticSampler(9, 3).load_state_dict(None),  # type: ignore[arg-type]
+        "not a state of an ElasticSampler",
+    ),
+}
+
+
+def with_checkpointer(root: Path, call: Callable[[Any], Any]) -> None:
+    with shardckpt.Checkpointer(root) as ckpt:
+        call(ckpt)
+
+
+@pytest.mark.parametrize(("call", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_arguments_of_other_kinds(root: Path, call: Callable[[Path], Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call(root)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_that_were_not_joined() -> None:
+    for environ in ({}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "many"}):
+        require_joined(environ)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=4 says .* call torch\.distributed\.init_process_group\(\) before"):
+        require_joined({"WORLD_SIZE": "4"})
 
 
 # ---- order of calls

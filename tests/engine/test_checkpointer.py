@@ -269,12 +269,24 @@ def test_a_root_that_holds_something_else(root: Path) -> None:
     root.mkdir()
     (root / "thesis.tex").write_text("all of it")
     with shardckpt.Checkpointer(root) as ckpt:
-        assert ckpt.restore(a_state(0)) is None
-        with pytest.raises(
-            NotACheckpointRoot, match=r"holds 'thesis\.tex', which is no step\. Use a new or an empty directory"
-        ):
-            ckpt.save(1, a_state(1), wait=True)
+        # told at the start, and not when the first save comes
+        for call in (lambda: ckpt.restore(a_state(0)), lambda: ckpt.save(1, a_state(1), wait=True)):
+            with pytest.raises(
+                NotACheckpointRoot, match=r"holds 'thesis\.tex', which is no step\. Use a new or an empty directory"
+            ):
+                call()
     assert [path.name for path in root.iterdir()] == ["thesis.tex"]
+
+
+def test_a_checkpoint_is_no_root(root: Path) -> None:
+    shardckpt.save(root / "alone", a_state(1))
+    with shardckpt.Checkpointer(root / "run") as ckpt:
+        ckpt.save(1, a_state(1), wait=True)
+    for place in (root / "alone", root / "run" / "step-00000001"):
+        with shardckpt.Checkpointer(place) as ckpt:
+            for call in (lambda: ckpt.restore(a_state(0)), lambda: ckpt.save(2, a_state(2), wait=True)):
+                with pytest.raises(NotACheckpointRoot, match="is itself a checkpoint, and no root"):
+                    call()
 
 
 def test_a_root_that_is_a_file(root: Path) -> None:

@@ -88,13 +88,21 @@ def test_roots(names: list[str]) -> None:
     [
         pytest.param(["notes.txt"], "notes.txt", id="another file"),
         pytest.param(["src/main.py", "README"], "README", id="a project"),
-        pytest.param([MANIFEST_NAME, FILE], MANIFEST_NAME, id="a checkpoint that is no root"),
     ],
 )
 def test_places_that_are_no_roots(names: list[str], found: str) -> None:
     with pytest.raises(NotACheckpointRoot, match=r"which is no step\. Use a new or an empty directory") as caught:
         Root(store_with(*names)).require_place("step-00000009/")
     assert caught.value.found == found
+
+
+@pytest.mark.parametrize(
+    "names", [[MANIFEST_NAME, FILE], ["a.txt", MANIFEST_NAME, "notes.txt"]], ids=["alone", "beside others"]
+)
+def test_a_checkpoint_is_no_root(names: list[str]) -> None:
+    with pytest.raises(NotACheckpointRoot, match=r"is itself a checkpoint, .* or take shardckpt\.load") as caught:
+        Root(store_with(*names)).require_place("step-00000009/")
+    assert caught.value.found == MANIFEST_NAME
 
 
 @pytest.mark.parametrize("names", [[], [FILE], [MANIFEST_NAME, FILE]], ids=["nothing", "an attempt", "a checkpoint"])
