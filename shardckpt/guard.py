@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -43,9 +44,10 @@ class Owned:
         ranges: defaultdict[torch.device, list[tuple[int, int]]] = defaultdict(list)
         for tensor in self.tensors:
             for memory in _memories(tensor):
+                start, stop, is_dense = _extent(memory)
                 # what lies between the elements of any other tensor may be somebody else's
-                if _is_dense(memory):
-                    ranges[memory.device].append(_range(memory))
+                if is_dense:
+                    ranges[memory.device].append((start, stop))
         self._ranges = {device: _merge(found) for device, found in ranges.items()}
 
     def __call__(self, tensor: torch.Tensor) -> bool:
@@ -54,7 +56,7 @@ class Owned:
         if tensor.is_inference() or tensor.device not in self._ranges:
             return False
         starts, stops = self._ranges[tensor.device]
-        start, stop = _range(tensor)
+        start, stop, _ = _extent(tensor)
         at = bisect_right(starts, start) - 1
         return at >= 0 and stop <= stops[at]
 
@@ -82,7 +84,8 @@ def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
     """Everything in a state that is no container."""
     if isinstance(value, PerRank):
         value = value.value
-    if not isinstance(value, Mapping | list | tuple):
+    # most are tensors, and to find that they are no mappings takes longer
+    if isinstance(value, torch.Tensor) or not isinstance(value, Mapping | list | tuple):
         yield value
     elif id(value) not in seen:
         seen.add(id(value))
@@ -123,6 +126,8 @@ def _tensors(optimizer: Optimizer | PartitionedOptimizer) -> Iterator[torch.Tens
 
 def _memories(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """The plain tensors that ``tensor`` (a DTensor, for one) consists of, as far as they have memory."""
+    if type(tensor) is DTensor:
+        tensor = tensor._local_tensor
     if type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         # newer DTensors name their mesh too
@@ -130,22 +135,13 @@ def _memories(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     return (tensor,) if torch._C._has_storage(tensor) and tensor.numel() and not tensor.is_inference() else ()
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether nothing lies between the elements in memory, whatever their order."""
-    return tensor.is_contiguous() or _span(tensor) == tensor.numel()
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last one in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte in memory, and the one behind the last."""
+def _extent(tensor: torch.Tensor) -> tuple[int, int, bool]:
+    """First byte in memory, the one behind the last, and whether nothing lies between the elements, whatever their order."""
     start = tensor.data_ptr()
     if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    return start, start + _span(tensor) * tensor.itemsize
+        return start, start + tensor.nbytes, True
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + span * tensor.itemsize, span == tensor.numel()
 
 
 def _merge(ranges: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -198,13 +194,15 @@ class Versions:
 
 def _probe(tensor: torch.Tensor) -> tuple[int, bytes]:
     """Where a tensor in host memory begins, and some of its bytes: the first, those in the middle, and the last."""
-    start, stop = _range(tensor)
+    start, stop, is_dense = _extent(tensor)
     if not start or not tensor.numel():
         return start, b""
-    if not _is_dense(tensor):
+    if not is_dense:
         return start, string_at(start, tensor.itemsize)
-    size = min(_PROBE, stop - start)
-    return start, string_at(start, size) + string_at((start + stop - size) // 2, size) + string_at(stop - size, size)
+    if stop - start <= 3 * _PROBE:
+        return start, string_at(start, stop - start)
+    middle = (start + stop - _PROBE) // 2
+    return start, string_at(start, _PROBE) + string_at(middle, _PROBE) + string_at(stop - _PROBE, _PROBE)
 
 
 def _count(tensor: torch.Tensor) -> int:
