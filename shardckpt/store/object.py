@@ -69,9 +69,12 @@ class ObjectStore(Store):
                 obstore.put(self._backend, name, data, mode="create")
         except StoreError as error:
             # A lost reply, then perhaps a retry inside the library: what failed, or is taken, may be our own.
-            unclear = isinstance(error, AlreadyExists) or error.details.get("transient")
-            if not (unclear and self._holds(name, data)):
-                raise
+            is_passing = bool(error.details.get("transient"))
+            if (is_passing or isinstance(error, AlreadyExists)) and self._holds(name, data):
+                return
+            if is_passing:
+                error.add("The service may still come to carry it out", outcome="unknown")
+            raise
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
         if prefix:
@@ -99,6 +102,9 @@ class ObjectStore(Store):
             return self._head(name)[0] == len(data) and self.get(name, len(data)) == data
         except MissingFile:
             return False
+        except StoreError as error:
+            error.add("Whether it was published is not known", outcome="unknown")
+            raise
 
 
 class _ObjectReader(FileReader):

@@ -102,6 +102,32 @@ def test_a_checkpoint_that_nobody_was_told_of_stays_whole(kind: type[MemoryStore
     assert found.ok
 
 
+class Late(MemoryStore):
+    """An object store whose service carries out the publication of a manifest when it has been given up."""
+
+    held: tuple[str, bytes] | None = None
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        if name.endswith(MANIFEST_NAME):
+            self.held = name, data
+            raise StoreError("no reply", transient=True, outcome="unknown")
+        super().put_if_absent(name, data)
+
+    def carry_out(self) -> None:
+        """Do it now."""
+        assert self.held is not None
+        super().put_if_absent(*self.held)
+
+
+def test_a_commit_that_comes_when_it_was_given_up_is_whole() -> None:
+    store = Late(f"late-{next(_numbers)}")
+    errors = on_two_ranks(a_save(store))
+    assert [error.outcome for error in errors if error is not None] == ["unknown"] * 2
+    store.carry_out()
+    (found,) = verify(store, read_data=True)
+    assert found.ok
+
+
 @pytest.mark.parametrize("name", ["plain", "not-UTF-8-\udcff"])
 def test_that_a_commit_is_uncertain_is_told_to_all(name: str) -> None:
     """An error is told to the other ranks without what cannot be sent, such as the name of a directory, and with all else."""

@@ -64,6 +64,21 @@ def test_a_put_whose_reply_was_lost_is_recognised(store: ObjectStore, proxy: Pro
     assert not proxy.faults
 
 
+def test_a_put_that_is_refused_is_not_uncertain(store: ObjectStore, proxy: Proxy) -> None:
+    proxy.faults.append(Fault(method="PUT", status=403))
+    with pytest.raises(StoreError) as caught:
+        store.put_if_absent("step-1/manifest.json", b"ours")
+    assert "outcome" not in caught.value.details
+
+
+def test_a_put_of_which_nobody_can_see_what_became_of_it_is_uncertain(store: ObjectStore, proxy: Proxy) -> None:
+    proxy.faults += [Fault(method="PUT", forward=True, status=500), Fault(method="HEAD", status=403)]
+    with pytest.raises(StoreError) as caught:
+        store.put_if_absent("step-1/manifest.json", b"ours")
+    assert caught.value.outcome == "unknown"
+    assert store.get("step-1/manifest.json", 10) == b"ours"
+
+
 def test_412_after_our_own_success_is_success(proxy: Proxy) -> None:
     from tests.store.s3 import object_store
 
@@ -89,6 +104,7 @@ def test_a_put_that_did_not_arrive_is_transient(store: ObjectStore, proxy: Proxy
         store.put_if_absent("step-1/manifest.json", b"ours")
     assert caught.value.transient is True
     assert caught.value.__cause__ is not None
+    assert caught.value.outcome == "unknown", "the request may be on its way yet"
     assert names(store) == []
     proxy.faults.append(Fault(method="PUT", status=status))
     retrying(store).put_if_absent("step-1/manifest.json", b"ours")
