@@ -10,8 +10,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from ..store.mounts import mount_of
 
 _DROP_CACHES = "/proc/sys/vm/drop_caches"
 _READ_BYTES = 4 << 20
@@ -102,22 +103,8 @@ def takes_direct(folder: str) -> bool:
 
 def file_system_of(folder: str) -> tuple[str, str]:
     """(type, device) of the file system that ``folder`` is on; empty where the system does not say."""
-    best = ("", "", "")
-    for mount, device, kind in _mounts():
-        inside = os.path.commonpath([mount, os.path.realpath(folder)]) == mount
-        if inside and len(mount) >= len(best[0]):
-            best = (mount, device, kind)
-    return best[2], best[1]
-
-
-def _mounts() -> Iterator[tuple[str, str, str]]:
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        device, mount, kind = line.split()[:3]
-        yield mount.encode().decode("unicode_escape"), device, kind
+    mount = mount_of(folder)
+    return ("", "") if mount is None else (mount.kind, mount.device)
 
 
 def bytes_read_by_process() -> int:

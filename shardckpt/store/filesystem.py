@@ -60,6 +60,10 @@ class FileSystem:
         """Status of a path, links followed."""
         return os.stat(path)
 
+    def statvfs(self, path: str) -> os.statvfs_result:
+        """Room on the file system that a path lies on."""
+        return os.statvfs(path)
+
     def expect_ascending(self, fd: int) -> None:
         """Ask the kernel to read further ahead than it does by itself, where it can be asked."""
         if hasattr(os, "posix_fadvise"):

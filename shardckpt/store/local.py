@@ -170,6 +170,10 @@ class LocalStore(Store):
                             found.append(Entry(leaf, 0, status.st_mtime))
         return found
 
+    def takes_direct(self) -> bool:
+        """Whether new files are written with O_DIRECT. The first call tries it, in the root; raises `StoreError`."""
+        return self._direct_flag() != 0
+
     def _path(self, name: str) -> str:
         return os.path.join(self.url, check_name(name))
 

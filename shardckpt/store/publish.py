@@ -23,7 +23,8 @@ from shardckpt.store.oserror import explained
 
 NEW_FILE_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links answer to one."""
 _POLL_SECONDS: Final = 0.02
 
 
@@ -52,7 +53,7 @@ class Publisher:
                 if not self._is_same_file(temporary, path):
                     raise
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in NO_LINKS:
                     raise
                 self._publish_under_claim(temporary, path)
 
