@@ -32,7 +32,7 @@ def play(job: Job, happens: list[str]) -> None:
 
     def event(text: str) -> None:
         # of several starts after one event, the first ones are of those who met first
-        happens.extend([""] * (len(job.starts()) - len(happens)))
+        happens.extend([""] * (job.begun() - len(happens)))
         happens.append(text)
         console.print(f"[bold]{text}[/]")
 
@@ -56,7 +56,7 @@ def play(job: Job, happens: list[str]) -> None:
     job.until_training(3)
     console.print("[bold]the end[/]")
     job.end()
-    job.starts()
+    job.begun()
 
 
 def show(starts: list[Start], proof: Proof, happens: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import IO
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
-from launch.elastic_proof import ROOT, Start, read
+from launch.elastic_proof import ROOT, begun, read_start
 
 TRAIN = Path(__file__).with_name("elastic_train.py")
 HOST = "127.0.0.1"
@@ -24,7 +24,7 @@ SAVE_SECONDS = 15
 """How long ranks wait in a save for one that was killed."""
 PATIENCE = 300.0
 """Seconds until the job has to do what it is waited for; it takes a tenth of that."""
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
 _WITHIN = 60.0
 
 
@@ -50,7 +50,7 @@ class Job:
 
     def join(self, *numbers: int) -> None:
         """Start the agents of these nodes."""
-        self._begun_before = len(self.starts())
+        self._begun_before = self.begun()
         command = [sys.executable, "-m", "shardckpt", "run", f"--root={self.directory / ROOT}", f"--timeout={SAVE_SECONDS}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={HOST}:{self._meeting.port}", f"--rdzv-conf={RENDEZVOUS}"]
         command += ["--rdzv-id=elastic", f"--local-addr={HOST}", f"--nnodes=1:{self._nodes}", "--nproc-per-node=1"]
@@ -64,13 +64,13 @@ class Job:
 
     def kill_worker(self, number: int) -> None:
         """SIGKILL the process that trains on a node; its agent stays."""
-        self._begun_before = len(self.starts())
+        self._begun_before = self.begun()
         for worker in self._workers(number):
             worker.kill()
 
     def kill_agent(self, number: int, *, workers: bool) -> None:
         """SIGKILL the agent of a node; with ``workers`` all that it has started, as when the power of the node goes."""
-        self._begun_before = len(self.starts())
+        self._begun_before = self.begun()
         left = self._workers(number)
         agent = self._agents.pop(number)
         agent.kill()
@@ -80,9 +80,21 @@ class Job:
         else:
             self._left_behind += left
 
+    def freeze(self, number: int) -> None:
+        """Stop all processes of a node where they are, as when its network hangs."""
+        self._begun_before = self.begun()
+        for process in (psutil.Process(self._agents[number].pid), *self._workers(number)):
+            process.suspend()
+
+    def wake(self, number: int) -> None:
+        """Let them go on."""
+        self._begun_before = self.begun()
+        for process in (*self._workers(number), psutil.Process(self._agents[number].pid)):
+            process.resume()
+
     def preempt(self, number: int) -> None:
         """SIGTERM to the agent of a node, as a cluster that takes it away does; returns when it has left."""
-        self._begun_before = len(self.starts())
+        self._begun_before = self.begun()
         agent = self._agents.pop(number)
         agent.terminate()
         agent.wait(_WITHIN)
@@ -91,8 +103,11 @@ class Job:
         """Wait until a start on so many ranks, that began after what was done last, has saved."""
 
         def is_training() -> bool:
-            starts = self.starts()
-            return len(starts) > self._begun_before and starts[-1].ranks == ranks and bool(starts[-1].saved)
+            number = self.begun() - 1
+            if number < self._begun_before:
+                return False
+            newest = read_start(self.directory, number)
+            return newest.ranks == ranks and bool(newest.saved)
 
         self._until(is_training, f"save on {ranks} processes")
 
@@ -108,14 +123,15 @@ class Job:
         (self.directory / "stop").touch()
         self._until(lambda: all(agent.poll() == 0 for agent in self._agents.values()), "end")
 
-    def starts(self) -> list[Start]:
-        """What it has done so far."""
-        starts = read(self.directory)
-        for number, start in enumerate(starts[self._told :], self._told):
+    def begun(self) -> int:
+        """How many starts it has had so far; tells of those that are new."""
+        count = begun(self.directory)
+        for number in range(self._told, count):
+            start = read_start(self.directory, number)
             resumes = f"from step {start.first - 1}" if start.first > 1 else "from the beginning"
             self._tell(f"start {number}: {resumes}, on {start.ranks} process{'es' * (start.ranks > 1)}")
-        self._told = len(starts)
-        return starts
+        self._told = count
+        return count
 
     def output(self) -> str:
         """The end of what agents and workers have printed."""

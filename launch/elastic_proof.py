@@ -78,24 +78,31 @@ class Reference:
     """Of the model after the last step."""
 
 
+def begun(directory: Path) -> int:
+    """How many starts a job has had so far."""
+    return len(list(directory.glob("start-*")))
+
+
+def read_start(directory: Path, number: int) -> Start:
+    """What one start has done so far."""
+    told = json.loads((directory / f"start-{number}").read_text())
+    steps: dict[int, list[Part]] = {}
+    saved: list[int] = []
+    for rank in range(told["ranks"]):
+        file = directory / f"steps-{number}-{rank}"
+        # the last line may be on its way
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        for entry in map(json.loads, lines):
+            if "step" in entry:
+                steps.setdefault(entry["step"], []).append(Part(entry["loss"], entry["samples"]))
+            elif rank == 0:
+                saved.append(entry["saved"])
+    return Start(ranks=told["ranks"], first=told["first"], steps=steps, saved=saved)
+
+
 def read(directory: Path) -> list[Start]:
-    """The starts of a job so far."""
-    starts = []
-    for number in range(len(list(directory.glob("start-*")))):
-        told = json.loads((directory / f"start-{number}").read_text())
-        steps: dict[int, list[Part]] = {}
-        saved: list[int] = []
-        for rank in range(told["ranks"]):
-            file = directory / f"steps-{number}-{rank}"
-            # the last line may be on its way
-            lines = file.read_text().split("\n")[:-1] if file.exists() else []
-            for entry in map(json.loads, lines):
-                if "step" in entry:
-                    steps.setdefault(entry["step"], []).append(Part(entry["loss"], entry["samples"]))
-                elif rank == 0:
-                    saved.append(entry["saved"])
-        starts.append(Start(ranks=told["ranks"], first=told["first"], steps=steps, saved=saved))
-    return starts
+    """All starts of a job so far."""
+    return [read_start(directory, number) for number in range(begun(directory))]
 
 
 def undisturbed(steps: int) -> Reference:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,6 +153,10 @@ def test_a_line_that_is_on_its_way_is_not_read(tmp_path: Path) -> None:
     assert start == Start(ranks=2, first=1, steps={1: [Part(0.5, [3, 4])]}, saved=[1])
 
 
+def test_the_demo_can_be_called_by_its_name() -> None:
+    assert os.access(REPOSITORY / "launch" / "elastic.sh", os.X_OK)
+
+
 def test_the_batch_can_be_dealt_out_to_as_many_ranks_as_the_demo_has() -> None:
     assert [BATCH % ranks for ranks in (1, 2, 3, 4)] == [0] * 4
     assert SAMPLES % BATCH == 0
@@ -213,4 +218,20 @@ def test_agents_that_die_alone(job: Job) -> None:
     starts, proof = prove_directory(job.directory)
     assert starts[-1].ranks == 3
     assert len(list((job.directory / ROOT / ".fences").iterdir())) == 1
+    assert proof.epochs > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_that_hangs_and_wakes(job: Job) -> None:
+    """The other one gives it up and goes on alone; when it wakes, it finds that it was left behind, and joins again."""
+    job.join(0, 1)
+    job.until_training(2)
+    job.freeze(1)
+    job.until_training(1)
+    job.wake(1)
+    job.until_training(2)
+    job.end()
+    starts, proof = prove_directory(job.directory)
+    assert starts[-1].ranks == 2
     assert proof.epochs > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.elastic_proof import prove_directory, read
+from launch.elastic_proof import begun, prove_directory, read_start
 from tests.engine.waiting import until
 from tests.nodes.cluster import PATIENCE, Launcher
 from tests.nodes.network import Network, why_not
@@ -72,8 +72,9 @@ class Job:
         """Wait until the newest start is one of so many ranks, and has saved."""
 
         def is_training() -> bool:
-            starts = read(self.directory)
-            return bool(starts) and starts[-1].ranks == ranks and bool(starts[-1].saved)
+            count = begun(self.directory)
+            newest = read_start(self.directory, count - 1) if count else None
+            return newest is not None and newest.ranks == ranks and bool(newest.saved)
 
         self.until(is_training)
 
