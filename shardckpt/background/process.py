@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from shardckpt.commit import find_committed
 from shardckpt.coordinate import Coordinator
-from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout
+from shardckpt.errors import BackgroundDied, CheckpointError, CoordinationError, RankTimeout
 from shardckpt.events import Timings
 from shardckpt.failure import rebuild
 from shardckpt.feed import Failed, Feed, Filled, News, Source, Staged, Written
@@ -162,9 +162,11 @@ class ProcessCarrier(Carrier):
 def settle(store: Store, job: Job, error: CheckpointError) -> str:
     """The digest of a save that is committed, although ``error`` is all that this rank was told; else raises it.
 
-    A process may die after it has committed and before it has told so: its trainer, or, if it is rank 0's, the others.
+    A process may die after it has committed and before it has told so: its trainer, or, if it is rank 0's, the others. That of
+    rank 0 may also lose the store by which it tells them.
     """
     is_left_open = isinstance(error, BackgroundDied) or (isinstance(error, RankTimeout) and 0 in error.details.get("ranks", ()))
+    is_left_open |= isinstance(error, CoordinationError) and error.details.get("outcome") == "unknown"
     digest = find_committed(store, job.prefix, job.attempt) if is_left_open else None
     if digest is None:
         raise error

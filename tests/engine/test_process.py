@@ -20,7 +20,7 @@ import shardckpt
 from shardckpt import ConfigError, Options
 from shardckpt.background.messages import Setup
 from shardckpt.background.process import BackgroundProcess, ProcessCarrier, settle
-from shardckpt.errors import BackgroundDied, CheckpointError, RankTimeout, StorageFull, StoreError
+from shardckpt.errors import BackgroundDied, CheckpointError, CoordinationError, RankTimeout, StorageFull, StoreError
 from shardckpt.feed import Feed
 from shardckpt.finish import Job
 from shardckpt.guard import STEP_GUARD
@@ -323,14 +323,17 @@ def test_a_commit_that_nobody_told_of_is_found() -> None:
     saved = save(store, plan, "step-00000007/")
     died, late = BackgroundDied("it was killed", rank=1), RankTimeout("it is gone", ranks=[0])
     others_late, full = RankTimeout("it is late", ranks=[1]), StorageFull("no space")
+    alone = CoordinationError("it cannot tell the others", rank=0, outcome="unknown")
+    # a flush that has failed may well succeed when it is tried again, with nothing written
+    unflushed = StoreError("it cannot be flushed", outcome="unknown")
 
     def job(step: int, attempt: str) -> Job:
         return Job(prefix=f"step-{step:08}/", step=step, attempt=attempt, header=b"", block_size=1, draft=None)
 
-    for told in (died, late):
+    for told in (died, late, alone):
         assert settle(store, job(7, ATTEMPT), told) == manifest_digest(saved.manifest)
     open_ends: list[tuple[CheckpointError, Job]] = [(died, job(8, ATTEMPT)), (late, job(7, "fedcba9876543210"))]
-    for error, unsaved in [*open_ends, (others_late, job(7, ATTEMPT)), (full, job(7, ATTEMPT))]:
+    for error, unsaved in [*open_ends, *((error, job(7, ATTEMPT)) for error in (others_late, full, unflushed))]:
         with pytest.raises(type(error)) as caught:
             settle(store, unsaved, error)
         assert caught.value is error
