@@ -56,7 +56,7 @@ class RestoreInfo:
     read_once: bool
     """Whether each block was read by one rank and passed on."""
     verified: bool
-    """Whether every byte that was read matched its digest: always, or the load has raised."""
+    """Whether every byte that was read matched its digest: always, or the load has raised. Files of DeepSpeed have none."""
     missing: tuple[str, ...]
     """Names that the target has and the checkpoint does not (``strict=False``); they keep their values."""
     unexpected: tuple[str, ...]
@@ -109,6 +109,8 @@ class _Done(msgspec.Struct):
 
 class Load:
     """One load, on one rank; collective. What it leaves behind when it fails, it tells."""
+
+    _has_digests = True
 
     def __init__(
         self,
@@ -323,7 +325,7 @@ class Load:
             bytes_read=bytes_read,
             seconds=perf_counter() - self._begun,
             read_once=decision.share,
-            verified=True,
+            verified=self._has_digests,
             missing=tuple(target.missing),
             unexpected=decision.unexpected,
             kept=tuple(target.kept),

@@ -186,19 +186,45 @@ def refuse(root: str) -> None:
     assert attachment.last.result().step == engine.global_steps == 1
 
 
-def save_as_deepspeed(root: str) -> None:
+def save_as_deepspeed(root: str) -> tuple[Any, Any]:
+    """Two checkpoints of DeepSpeed itself; the masters and moments of the newer one."""
     engine = make_engine(1)
-    engine.save_checkpoint(root)
+    for step in (1, 2):
+        train(engine, first=step, count=1)
+        engine.save_checkpoint(root, client_state={"epoch": step})
     with attach(engine, root) as attachment:
-        with pytest.raises(NotACheckpointRoot, match="which DeepSpeed wrote, and no checkpoint of shardckpt"):
-            engine.load_checkpoint(root)
         with pytest.raises(NotACheckpointRoot):
             engine.save_checkpoint(root)
         assert attachment.last is None
+    return masters(engine), moments(engine)
 
 
-def test_directories_of_deepspeed_itself_are_not_mixed_with_others(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(2, save_as_deepspeed, str(tmp_path), timeout=200)
+def go_on_from_deepspeed(old: str, new: str | None) -> tuple[Any, Any]:
+    engine = make_engine(3)
+    with attach(engine, new):
+        place, client = engine.load_checkpoint(old)
+        assert (place, client) == (f"{old}/global_step2", {"epoch": 2})
+        assert (engine.global_steps, engine.loaded_checkpoint_dp_world_size) == (2, 2)
+        found = masters(engine), moments(engine)
+        assert engine.load_checkpoint(old, tag="global_step1")[1] == {"epoch": 1}
+        assert engine.global_steps == 1
+        with pytest.raises(CheckpointNotFound, match="there is no tag 'global_step7'"):
+            engine.load_checkpoint(old, tag="global_step7")
+        if new is not None:
+            engine.save_checkpoint(old)
+            assert engine.load_checkpoint(old)[0] == f"{new}/step-00000001"
+    return found
+
+
+@pytest.mark.parametrize("own_root", [True, False])
+def test_what_deepspeed_itself_has_saved_is_loaded_where_there_is_nothing_else(
+    ranks: RankPool, tmp_path: Path, own_root: bool
+) -> None:
+    """Another stage, other ranks; what is saved then never mixes with DeepSpeed's own files."""
+    old, new = str(tmp_path / "old"), str(tmp_path / "new") if own_root else None
+    saved = ranks.run(2, save_as_deepspeed, old, timeout=200)[0]
+    for expected, found in zip(saved, ranks.run(3, go_on_from_deepspeed, old, new, timeout=200)[0], strict=True):
+        assert same(found, expected)
 
 
 def test_what_is_not_supported_is_refused(ranks: RankPool, tmp_path: Path) -> None:

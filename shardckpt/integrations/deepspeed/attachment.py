@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,13 +15,15 @@ import torch.distributed as dist
 from ...adapters.owners import Received
 from ...checkpointer import Checkpointer
 from ...commit import read_manifest_bytes
-from ...errors import CheckpointNotFound, ConfigError, DtypeMismatch, NotACheckpointRoot
+from ...errors import CheckpointNotFound, ConfigError, DtypeMismatch
 from ...events import Event
 from ...handle import SaveHandle
+from ...interop.deepspeed import load
 from ...loading import Restored
 from ...manifest import step_directory
 from ...options import Options
 from ...root import Root
+from ...store import Store, open_store
 from ...validate import parse_manifest
 from .counters import counters_of, set_counters
 from .masters import masters_of
@@ -41,6 +44,8 @@ class _Choice(msgspec.Struct):
 
     step: int | None
     metadata: dict[str, Any]
+    foreign: bool = False
+    """Whether DeepSpeed itself wrote it."""
 
 
 def attach(
@@ -154,17 +159,18 @@ class Attachment:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """As ``DeepSpeedEngine.load_checkpoint``: where the checkpoint is, and its client_state; (None, None) without one.
 
-        Any number of ranks, any ZeRO stage. Without ``tag`` the newest one is loaded. Raises `CheckpointNotFound` for a tag
-        that is not there, `IntegrityError` for damage, `TargetMismatch` when names, shapes or param groups do not fit, and
-        `NotACheckpointRoot` where DeepSpeed itself has saved.
+        Any number of ranks, any ZeRO stage. Without ``tag`` the newest one is loaded. Where shardckpt has saved none, what
+        DeepSpeed itself has saved in ``load_dir`` is loaded, as `shardckpt.interop.deepspeed.load` does. Raises
+        `CheckpointNotFound` for a tag that is not there, `IntegrityError` for damage, `TargetMismatch` when names, shapes or
+        param groups do not fit.
         """
         if custom_load_fn is not None:
             raise ConfigError("custom_load_fn gets DeepSpeed's own files, which shardckpt does not write; leave it out")
         engine = self._engine
         require_between_steps(engine, "load_checkpoint")
         checkpointer = self._checkpointer(load_dir)
-        choice = self._choose(checkpointer, tag)
-        if choice.step is None:
+        choice = self._choose(checkpointer, load_dir, tag)
+        if choice.step is None and not choice.foreign:
             logger.warning("there is no checkpoint in %s to load", checkpointer.url)
             return None, None
         masters = masters_of(engine)
@@ -175,7 +181,13 @@ class Attachment:
         if optimizer is not None and with_optimizer:
             state["optimizer"] = optimizer
         received = {key: Received() for key in ("deepspeed", "client_state", "lr_scheduler")}
-        restored = _restore(checkpointer, {**state, **received}, choice.step)
+        state.update(received)
+        if choice.foreign:
+            restored = _convert_if_needed(partial(load, load_dir, state, tag=tag, options=checkpointer._options), load_dir)
+            place = f"{os.fspath(load_dir)}/{restored.info.metadata[TAG]}"
+        else:
+            restored = _convert_if_needed(partial(checkpointer.restore, state, step=choice.step), checkpointer.url)
+            place = f"{checkpointer.url}/{step_directory(restored.step)}"
         masters.make_parameters()
         if not load_module_only:
             set_counters(engine, received["deepspeed"].value, restored.step, optimizer=with_optimizer)
@@ -183,7 +195,7 @@ class Attachment:
                 _set_scheduler(engine.lr_scheduler, received["lr_scheduler"].value)
             engine.loaded_checkpoint_mp_world_size = engine.mp_world_size
         engine.loaded_checkpoint_dp_world_size = restored.info.world_size
-        return f"{checkpointer.url}/{step_directory(restored.step)}", received["client_state"].value or {}
+        return place, received["client_state"].value or {}
 
     def detach(self) -> None:
         """`close`, and give the engine its own methods back."""
@@ -215,48 +227,43 @@ class Attachment:
         self._open[place] = found
         return found
 
-    def _choose(self, checkpointer: Checkpointer, tag: str | None) -> _Choice:
+    def _choose(self, checkpointer: Checkpointer, load_dir: str | os.PathLike[str], tag: str | None) -> _Choice:
         """The newest checkpoint with that tag, or that may be loaded without naming one; the same on all ranks."""
         checkpointer.wait()
 
         def find() -> bytes:
-            return msgspec.msgpack.encode(_find(checkpointer, tag))
+            return msgspec.msgpack.encode(_find(checkpointer._store, open_store(load_dir), tag))
 
         packed = checkpointer._coordinator.broadcast("load_checkpoint: which", find)
         return msgspec.msgpack.decode(packed, type=_Choice)
 
 
-def _find(checkpointer: Checkpointer, tag: str | None) -> _Choice:
-    store = checkpointer._store
+def _find(store: Store, given: Store, tag: str | None) -> _Choice:
+    """What of the root ``store`` to load, or whether to load what DeepSpeed has left in the directory that was given."""
     tags = []
     for step in reversed(Root(store).steps()):
         metadata = parse_manifest(read_manifest_bytes(store, f"{step_directory(step)}/")).manifest.metadata
         if metadata.get(TAG) == tag if tag is not None else not metadata.get(_NOT_LATEST):
             return _Choice(step, metadata)
         tags.append(str(metadata.get(TAG)))
+    names = [entry.name for entry in given.list() if entry.name.endswith("_states.pt")]
+    if any(not tags or name.startswith(f"{tag}/") for name in names):
+        return _Choice(None, {}, foreign=True)
     if tag is not None and tags:
         raise CheckpointNotFound(
             f"no checkpoint in {store.url} has the tag {tag!r}; there are {', '.join(tags[:8])}", tag=tag, tags=tags
         )
-    foreign = next((entry.name for entry in store.list() if entry.name.endswith("_states.pt")), None) if not tags else None
-    if foreign is not None:
-        raise NotACheckpointRoot(
-            f"{store.url} holds {foreign!r}, which DeepSpeed wrote, and no checkpoint of shardckpt. Import it into a directory "
-            "of its own with 'shardckpt import deepspeed', and load that; or load it before attach()",
-            url=store.url,
-            found=foreign,
-        )
     return _Choice(None, {})
 
 
-def _restore(checkpointer: Checkpointer, state: Mapping[str, Any], step: int) -> Restored:
-    """Restore; masters of another dtype than the stored ones are converted, and it is said so."""
+def _convert_if_needed(load: Callable[..., Restored | None], place: str | os.PathLike[str]) -> Restored:
+    """Load; masters of another dtype than the stored ones are converted, and it is said so."""
     try:
-        restored = checkpointer.restore(state, step=step)
+        restored = load()
     except DtypeMismatch as error:
         # nothing is filled by then
-        logger.warning("%s is loaded with conversions: %s", checkpointer.url, error)
-        restored = checkpointer.restore(state, step=step, convert_dtype=True)
+        logger.warning("%s is loaded with conversions: %s", place, error)
+        restored = load(convert_dtype=True)
     assert restored is not None
     return restored
 

@@ -52,7 +52,7 @@ def load(
     tag, of a universal checkpoint too. The names are those that plain training has: ``model/...`` are the fp32 master weights,
     ``optimizer/...`` their state, so ``into={"model": model, "optimizer": optimizer}`` is filled in place, and without ``into``
     the whole state is returned as plain CPU tensors. DeepSpeed need not be installed. The other arguments are those of
-    `shardckpt.load`. The files have no digests, so ``.info.verified`` is not to be taken for more than that sizes fit.
+    `shardckpt.load`. The files have no digests, so ``.info.verified`` is False.
 
     Raises `CheckpointNotFound`, `UnsupportedPickle`, `UnsupportedForeignCheckpoint`, `InvalidForeignCheckpoint`, `MissingFile`,
     `TruncatedFile`, and what `shardckpt.load` raises when the target does not fit.
@@ -65,6 +65,8 @@ def load(
 
 class SourceLoad(Load):
     """One load, on one rank."""
+
+    _has_digests = False
 
     def __init__(
         self,
