@@ -205,6 +205,7 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "a cycle in what the user saved": lambda: {"client": cycle()},
     "sizes whose product has no end": lambda: {"param_shapes": [{"a": [1 << 8000] * 100_000}]},
     "sizes of what is frozen": lambda: {"frozen_param_shapes": {"z": [1 << 8000] * 100_000}},
+    "a step that is no number of steps": lambda: {"global_steps": 1 << 70},
     "no number of ranks": lambda: {"dp_world_size": float("inf"), "mp_world_size": float("inf")},
     "scattered elements, many times": lambda: {"client": [torch.zeros(4096, 2)[:, :1]] * 100},
 }

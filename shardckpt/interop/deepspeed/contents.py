@@ -32,6 +32,7 @@ OWN_KEYS = frozenset(
     }
 )
 """What DeepSpeed itself puts into the model's file; all else is the caller's client_state."""
+_LARGEST = 1 << 63
 _MOST_NODES = 1 << 22
 _VALUES_PER_PART = 16
 """What one more part of a scattered tensor takes of time and memory."""
@@ -78,8 +79,11 @@ def _read(files: Files) -> Contents:
     trained = read_universal(files, model) if files.is_universal else read_trained(files, model)
     names = [strip_wrappers(name) for name in trained.masters]
     step = model.get("global_steps")
-    if type(step) is not int or step < 0 or len(set(names)) != len(names):
-        raise InvalidForeignCheckpoint(f"{files.place}: the file of the model's state has no global_steps, or a name twice")
+    world_size = len(files.optimizer) or int(model.get("dp_world_size") or 1)
+    if type(step) is not int or not 0 <= step < _LARGEST or not 0 < world_size < _LARGEST or len(set(names)) != len(names):
+        raise InvalidForeignCheckpoint(
+            f"{files.place}: the file of the model's state has no good global_steps, or a name twice"
+        )
     tree: dict[str, Any] = {"model": _model(files, model, trained), "optimizer": _optimizer(trained)}
     if model.get("lr_scheduler") is not None:
         tree["lr_scheduler"] = model["lr_scheduler"]
@@ -89,7 +93,7 @@ def _read(files: Files) -> Contents:
         tree["client_state"] = client
     walk = _Walk()
     standing = {key: walk.visit(child("", key), value, 0) for key, value in tree.items()}
-    return Contents(standing, walk.arrays, step, files.tag, len(files.optimizer) or int(model.get("dp_world_size") or 1))
+    return Contents(standing, walk.arrays, step, files.tag, world_size)
 
 
 def _require_plain(files: Files, model: Any) -> None:
