@@ -18,7 +18,7 @@ from .gpu import pin, unpin
 logger = logging.getLogger("shardckpt")
 
 _FALLBACK_CHUNKS = 16
-_PRUDENCE = 0.9
+PRUDENCE = 0.9
 """Share of the available memory that is taken at most."""
 
 
@@ -80,7 +80,7 @@ class HostMemory:
         if available is None:
             return None
         held = 0 if self._buffer is None else self._buffer.size
-        return held + int(_PRUDENCE * available) // self._sharers
+        return held + int(PRUDENCE * available) // self._sharers
 
     def lock(self, mode: Literal["auto", "always"]) -> None:
         """Page-lock what was reserved, for GPUs to copy to; once, until other memory is reserved.

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from shardckpt.store import open_store
 
 from .arguments import AsJson
 from .output import FOUND, print_json, print_table, say, size_text
@@ -15,20 +18,55 @@ if TYPE_CHECKING:
     from shardckpt.gpu import GPU
 
 _UNKNOWN = "-"
+_SILENCE = logging.NullHandler()
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: versions, host memory, GPUs, their links and memory errors, and the speed of staging.
+def doctor(
+    root: Annotated[
+        str | None,
+        typer.Argument(metavar="ROOT", help="Where checkpoints go; without it, what SHARDCKPT_ROOT says.", show_default=False),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST[:PORT]",
+            help="Where the nodes of a job find each other; without it, what PET_RDZV_ENDPOINT or MASTER_ADDR say.",
+        ),
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc-per-node",
+            min=1,
+            help="Ranks that will run here; without it, LOCAL_WORLD_SIZE, or one for each GPU, or all that saved.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, host memory, GPUs, storage, and the rendezvous of a job.
 
-    Run it where training will run: on each kind of node, in the container, with the same CPUs and GPUs. Takes a few seconds.
+    GPUs: their links, memory errors, the speed of staging. With ROOT: its file system, O_DIRECT, hard links, flushes, speed,
+    and whether disk and host memory have room for one more checkpoint like the newest. With --rdzv-endpoint: whether it has an
+    address, and can be reached or listened on from here.
+
+    Run it where training will run: on each kind of node, in the container, with the same CPUs and GPUs. It takes a few seconds.
+    For a moment it writes up to 256 MiB in ROOT, or in the directory above it while there is none.
     Each line that is not ok comes with what to do about it. The exit status is 1 when there is a problem.
 
     --json: {ok, gpus: [{uuid, index, name, bus_id, numa_node, cpus, link, max_link, memory_total, memory_free,
     uncorrected_errors}], checks: [{check, status, text, remedy, values}]}, with links as {generation, width}
     """
-    from shardckpt.doctor import Machine, examine  # needs torch
+    from shardckpt.doctor import Machine, examine, parse_endpoint  # needs torch
 
-    report(examine(Machine()), as_json)
+    # what is no place and no endpoint at all is a mistake of who typed it, not of the machine
+    if root is not None:
+        open_store(root)
+    if endpoint is not None:
+        parse_endpoint(endpoint)
+    # what stores would log is among the findings
+    logging.getLogger("shardckpt").addHandler(_SILENCE)
+    report(examine(Machine.with_environment(root=root, endpoint=endpoint, ranks_per_node=ranks_per_node)), as_json)
 
 
 def report(diagnosis: Diagnosis, as_json: bool) -> None:

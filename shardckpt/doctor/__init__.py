@@ -11,6 +11,9 @@ from .finding import Finding, Status
 from .gpus import check_errors, check_free_memory, check_gpus, check_links, check_place, check_staging
 from .host import check_copying, check_memory, check_versions
 from .machine import Machine
+from .network import Network, parse_endpoint
+from .rendezvous import check_host_name, check_rendezvous
+from .storage import check_storage
 
 Check = Callable[[Machine], Iterator[Finding]]
 
@@ -25,6 +28,9 @@ CHECKS: tuple[Check, ...] = (
     check_staging,
     # after staging, which makes links that have slept come up
     check_links,
+    check_storage,
+    check_rendezvous,
+    check_host_name,
 )
 
 
@@ -44,8 +50,8 @@ class Diagnosis:
 
 
 def examine(machine: Machine) -> Diagnosis:
-    """Run all checks. Takes a few seconds, 512 MiB of host memory, and 256 MiB of each GPU's."""
+    """Run all checks. Takes a few seconds, 512 MiB of host memory, and 256 MiB of each GPU's and of the storage."""
     return Diagnosis(tuple(machine.gpus), tuple(finding for check in CHECKS for finding in check(machine)))
 
 
-__all__ = ["CHECKS", "Check", "Diagnosis", "Finding", "Machine", "Status", "examine"]
+__all__ = ["CHECKS", "Check", "Diagnosis", "Finding", "Machine", "Network", "Status", "examine", "parse_endpoint"]

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Iterator
-
-import torch
 
 from .._version import __version__
 from .finding import Finding, gigabytes
 from .machine import Machine
 
+OLDEST_TORCH = (2, 6)
+"""As setup.cfg says."""
 _COPIED_BYTES = 256 << 20
 _LITTLE_MEMORY = 1 << 30
 _SLOW_COPY = 2e9
@@ -22,27 +24,44 @@ def check_versions(machine: Machine) -> Iterator[Finding]:
     built = "without CUDA" if machine.cuda_version is None else f"for CUDA {machine.cuda_version}"
     driver = machine.nvml.driver
     shown = "no NVIDIA driver" if driver is None else f"NVIDIA driver {driver}"
-    values = {"shardckpt": __version__, "torch": str(torch.__version__), "cuda": machine.cuda_version, "driver": driver}
-    yield Finding("versions", "ok", f"shardckpt {__version__}, torch {torch.__version__} {built}, {shown}", values=values)
+    values = {
+        "shardckpt": __version__,
+        "torch": machine.torch_version,
+        "cuda": machine.cuda_version,
+        "driver": driver,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    here = f"Python {values['python']}, {values['system']}"
+    text = f"shardckpt {__version__}, torch {machine.torch_version} {built}, {shown}, {here}"
+    numbers = re.match(r"(\d+)\.(\d+)", machine.torch_version)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        yield Finding("versions", "problem", f"{text}: this torch is too old", f"pip install 'torch>={oldest}'", values)
+    else:
+        yield Finding("versions", "ok", text, values=values)
 
 
 def check_memory(machine: Machine) -> Iterator[Finding]:
     """Whether there is host memory to stage a state in."""
-    total, available = machine.total_memory, machine.available_memory()
-    values = {"total": total, "available": available}
+    limit, available = machine.memory_limit(), machine.available_memory()
+    is_limited = limit is not None and limit < machine.total_memory
+    total = limit if limit is not None and is_limited else machine.total_memory
+    values = {"total": machine.total_memory, "limit": limit, "available": available}
+    whole = gigabytes(total) + (", the limit of the container or job" if is_limited else "")
     if available is None:
-        yield Finding("host memory", "ok", f"{gigabytes(total)}; the system does not tell how much is free", values=values)
+        yield Finding("host memory", "ok", f"{whole}; the system does not tell how much is free", values=values)
     elif available < _LITTLE_MEMORY:
         yield Finding(
             "host memory",
             "warning",
-            f"{gigabytes(available)} available of {gigabytes(total)}",
+            f"{gigabytes(available)} available of {whole}",
             "asynchronous saves stage each rank's shard in host memory, and go chunk by chunk, holding training up, where "
             "there is no room: give the job or container more memory, or start fewer data loader workers",
             values,
         )
     else:
-        yield Finding("host memory", "ok", f"{gigabytes(available)} available of {gigabytes(total)}", values=values)
+        yield Finding("host memory", "ok", f"{gigabytes(available)} available of {whole}", values=values)
 
 
 def check_copying(machine: Machine) -> Iterator[Finding]:

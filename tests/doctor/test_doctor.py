@@ -39,6 +39,8 @@ def machine(
     cuda_version: str | None = "13.0",
     init: int | None = None,
     available: int | None = 64 * GIB,
+    limit: int | None = None,
+    torch_version: str = "2.13.0+cu130",
     cpus: frozenset[int] = frozenset(range(128)),
     copying: float = 12e9,
     staging: Staging | Exception = FAST,
@@ -51,6 +53,8 @@ def machine(
         cuda_version=cuda_version,
         total_memory=128 * GIB,
         available_memory=lambda: available,
+        memory_limit=lambda: limit,
+        torch_version=torch_version,
         cpus=cpus,
         measure_copying=lambda nbytes: copying,
         measure_staging=staging_like(staging),
@@ -80,13 +84,21 @@ def test_a_machine_without_gpus() -> None:
     diagnosis = examine(machine(cuda_version=None, init=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     assert diagnosis.ok
     assert diagnosis.gpus == ()
-    assert list(findings(diagnosis)) == ["versions", "host memory", "host copy", "gpus"]
+    assert list(findings(diagnosis)) == ["versions", "host memory", "host copy", "gpus", "storage", "rendezvous"]
     assert findings(diagnosis)["gpus"].text.startswith("none here")
 
 
 @pytest.mark.parametrize(
     ("broken", "check", "status", "said", "remedy"),
     [
+        (machine(torch_version="2.5.1+cu121"), "versions", "problem", "this torch is too old", "torch>=2.6"),
+        (
+            machine(available=GIB // 2, limit=GIB),
+            "host memory",
+            "warning",
+            "0.537 GB available of 1.07 GB, the limit of the container or job",
+            "chunk by chunk",
+        ),
         (machine(available=GIB // 2), "host memory", "warning", "0.537 GB available of 137 GB", "chunk by chunk"),
         (machine(available=100), "host copy", "warning", "not measured", "see host memory"),
         (machine(copying=0.5e9), "host copy", "warning", "0.5 GB/s by one thread", "CPU quota"),
@@ -145,6 +157,8 @@ def test_what_is_wrong_is_found(broken: Machine, check: str, status: str, said: 
 @pytest.mark.parametrize(
     ("unknown", "check", "said"),
     [
+        (machine(limit=1 << 50), "host memory", "68.7 GB available of 137 GB"),
+        (machine(torch_version="nightly"), "versions", "torch nightly"),
         (machine(available=None), "host memory", "137 GB; the system does not tell how much is free"),
         (
             machine(Card(f"GPU-{A}", refuses={"nvmlDeviceGetTotalEccErrors": pynvml.NVML_ERROR_NOT_SUPPORTED})),

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 import shardckpt
-from shardckpt.available import available_memory
+from shardckpt.available import available_memory, memory_limit
 from shardckpt.errors import ConfigError, HostMemoryError
 from shardckpt.hostmemory import HostMemory
 
@@ -19,14 +19,18 @@ MIB = 1 << 20
 CHUNK = 4 * MIB
 
 
-def available(files: Mapping[str, str]) -> int | None:
+def reader(files: Mapping[str, str]) -> Callable[[str], str]:
     def read(path: str) -> str:
         try:
             return files[path]
         except KeyError:
             raise FileNotFoundError(path) from None
 
-    return available_memory(read)
+    return read
+
+
+def available(files: Mapping[str, str]) -> int | None:
+    return available_memory(reader(files))
 
 
 MACHINE = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    4000 kB\n"}
@@ -58,6 +62,40 @@ def test_the_tightest_group_counts_without_its_page_cache() -> None:
 
 def test_a_group_beyond_its_limit_has_nothing_left() -> None:
     assert available(MACHINE | {"/proc/self/cgroup": "0::/\n"} | group("", "1000", 2000)) == 0
+
+
+def old_group(path: str, limit: int, usage: int, inactive: int = 0, active: int = 0) -> dict[str, str]:
+    where = f"/sys/fs/cgroup/memory{path}"
+    stat = f"cache 9\ninactive_file 1\nactive_file 1\ntotal_inactive_file {inactive}\ntotal_active_file {active}\n"
+    return {
+        f"{where}/memory.limit_in_bytes": f"{limit}\n",
+        f"{where}/memory.usage_in_bytes": f"{usage}\n",
+        f"{where}/memory.stat": stat,
+    }
+
+
+UNLIMITED = (1 << 63) - 4096
+
+
+def test_groups_of_version_1() -> None:
+    """Also beside those of version 2, which then have no memory."""
+    inside = {"/proc/self/cgroup": "5:cpu,memory:/job/step\n1:name=systemd:/x\n0::/\n"}
+    outer = old_group("", UNLIMITED, 8_000_000) | old_group("/job", 1_000_000, 700_000, inactive=200_000, active=100_000)
+    assert available(MACHINE | inside | outer | old_group("/job/step", UNLIMITED, 700_000)) == 600_000
+    assert available(MACHINE | inside | outer | old_group("/job/step", 500_000, 480_000, active=30_000)) == 50_000
+    assert available(MACHINE | inside | old_group("/job/step", 500_000, 600_000)) == 0
+
+
+def test_a_container_that_sees_only_its_own_group_of_version_1() -> None:
+    inside = {"/proc/self/cgroup": "4:memory:/docker/0123\n"}
+    assert available(MACHINE | inside | old_group("", 300_000, 100_000, inactive=50_000)) == 250_000
+
+
+def test_the_tightest_limit() -> None:
+    inside = {"/proc/self/cgroup": "0::/job/step\n"}
+    assert memory_limit(reader(inside | group("/job", "1000000", 7) | group("/job/step", "max", 7))) == 1_000_000
+    assert memory_limit(reader({"/proc/self/cgroup": "4:memory:/\n"} | old_group("", UNLIMITED, 7))) is None
+    assert memory_limit(reader({"/proc/self/cgroup": "no line of a kernel\n"})) is None
 
 
 def test_this_machine_has_some() -> None:
