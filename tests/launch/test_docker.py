@@ -106,7 +106,7 @@ def a_free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
     """The commands of both nodes, here, with a directory as their volume."""
     moved = {"/checkpoints": str(tmp_path), "node0:29400": f"127.0.0.1:{a_free_port()}"}
@@ -127,7 +127,7 @@ def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
             agent = subprocess.Popen(
                 [tool(words[0]), *words[1:]], cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-            stack.callback(agent.wait, 60)
+            stack.callback(agent.wait, 300)
             stack.callback(agent.terminate)
             agents.append(agent)
 
@@ -136,9 +136,9 @@ def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
             starts = read(directory)
             return bool(starts) and starts[-1].ranks == 4 and bool(starts[-1].saved)
 
-        until(is_training, 300)
+        until(is_training, 600)
         (directory / "stop").touch()
-        assert [agent.wait(120) for agent in agents] == [0, 0]
+        assert [agent.wait(300) for agent in agents] == [0, 0]
     assert prove_directory(directory)[1].steps >= 10
 
 
