@@ -8,7 +8,7 @@ exists means a checkpoint that is complete.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -136,21 +136,24 @@ def _is_there(store: Store, prefix: str, receipt: Receipt) -> bool:
         return False
 
 
-def publish(store: Store, prefix: str, data: bytes, attempt: str) -> None:
-    """Make the manifest appear, if there is none yet.
+def publish(store: Store, prefix: str, data: bytes, attempt: str, allow: Callable[[], None] | None = None) -> None:
+    """Make the manifest appear, if there is none yet and ``allow``, which is called as late as can be, does not raise.
 
-    Raises `AlreadyCommitted` when another save has committed here. After a `StoreError` with the detail
-    ``outcome="unknown"`` the manifest may exist; after any other error it does not.
+    Raises `AlreadyCommitted` when another save has committed here, and `MissingFile` when it was revoked (`Store.revoke`).
+    After a `StoreError` with the detail ``outcome="unknown"`` the manifest may exist; after any other error it does not.
     """
     name = f"{prefix}{MANIFEST_NAME}"
     try:
-        store.put_if_absent(name, data)
+        if allow is None:
+            store.put_if_absent(name, data)
+        else:
+            store.put_if_allowed(name, data, allow)
     except AlreadyExists as error:
         if _committed_attempt(store, name) != attempt:
             raise already_committed(store, prefix) from error
-    except StoreError as error:
+    except (StoreError, MissingFile) as error:
         try:
-            there = _committed_attempt(store, name) is not None
+            there = _committed_attempt(store, name) == attempt
         except (MissingFile, NotACheckpointRoot):
             there = False
         except CheckpointError:

@@ -5,7 +5,8 @@
 ``SHARDCKPT_ROOT``      ``root`` of `Checkpointer`
 ``SHARDCKPT_TIMEOUT``   ``Options.timeout``, in seconds
 ``SHARDCKPT_SIGNAL``    the signals of `Checkpointer.on_signal` when it is called with none: names or numbers, with commas
-``SHARDCKPT_RUN``       name of the run, the same in all its starts (see `shardckpt.fencing`); else torchrun's ``--rdzv-id``
+``SHARDCKPT_RUN``       name of the run, the same in all its starts (see `shardckpt.fencing`); else torchrun's ``--rdzv-id``;
+                        ``none`` for a process that is no start of the run, such as one that evaluates beside it
 ``SHARDCKPT_ANNOUNCE``  when not empty, rank 0 writes one line to stderr when it restores: from which step, on how many ranks
 ======================  =============================================================================================
 """

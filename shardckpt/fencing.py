@@ -8,12 +8,16 @@ looks for the step to resume from, or before its first save; so the order is tha
 
 The rule, for a save that an old generation has not committed when a new one puts its mark:
 
-- Whoever commits looks for a newer mark before it publishes the manifest. If there is one, the save fails with `Superseded`,
-  and its files are removed. So what the new generation saves under the same number is its own.
-- It looks again after that. If the mark was put in between, nobody can tell whether the new generation has seen the manifest:
-  the save is not reported as done, and nothing is removed.
-- In that case the new generation has either resumed from that step, or comes to save one of the same number: then the older
-  one, which was never reported as done, gives way to it. All that was committed before the mark stays for good.
+- Whoever commits looks for a newer mark when all is ready, and only the name of the manifest is to be given to it. If there is
+  one, the save fails with `Superseded`, and its files are removed. So what the new generation saves under the same number is
+  its own.
+- Who has looked before the mark was put may be slow. So the new generation, behind its mark, revokes the manifests of all saves
+  of older ones that are under way (`shardckpt.store.Store.revoke`), and then looks what there is: nothing is added to that any
+  more, however late it comes.
+- An object store cannot revoke. There, whoever commits may be between its look and the manifest when the mark is put; it looks
+  again behind that. Then nobody can tell whether the new generation has seen the manifest: the save is not reported as done,
+  and nothing is removed. The new generation has either resumed from that step, or comes to save one of the same number: then
+  the older one, which was never reported as done, gives way to it. What was committed before the mark stays for good.
 
 Attempts at saves begin with the run (8 hex digits) and the generation (8), so file names and manifests say who made them.
 Nothing of this is done in a run that has no name (see `shardckpt.environment`), and runs of different names know nothing of
@@ -31,6 +35,7 @@ import msgspec
 
 from .coordinate import Coordinator
 from .errors import AlreadyExists, StoreError, Superseded
+from .manifest import MANIFEST_NAME, step_directory
 from .pruning import Pruner
 from .root import Root
 from .store import Store
@@ -60,9 +65,7 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
 
     def outdates(self, step: int, attempt: str) -> bool:
         """Whether a committed attempt is of an older generation, and was not there when this one began."""
-        found = _STAMPED.match(attempt)
-        is_older = found is not None and found[1] == self.run and int(found[2], 16) < self.generation
-        return is_older and step > self.newest
+        return step > self.newest and _is_older(attempt, self.run, self.generation)
 
 
 class Fencing:
@@ -119,7 +122,20 @@ def raise_fence(store: Store, run: str) -> Fence:
         for number in older:
             # the newest one speaks for all before it
             store.delete(_mark(digest, number))
-        return Fence(run=digest, generation=generation, newest=max(Root(store).steps(), default=-1))
+        return Fence(run=digest, generation=generation, newest=_stop_older(store, digest, generation))
+
+
+def _stop_older(store: Store, run: str, generation: int) -> int:
+    """Revoke what older generations are about to commit; the newest step that is committed now, -1 without one."""
+    root = Root(store)
+    found = root.scan()
+    steps = [files.step for files in found if files.committed]
+    for files in found:
+        if not files.committed and any(_is_older(attempt, run, generation) for attempt in files.by_attempt()):
+            store.revoke(f"{step_directory(files.step)}/{MANIFEST_NAME}")
+            if root.look_at(files.step).committed:
+                steps.append(files.step)
+    return max(steps, default=-1)
 
 
 def require_current(store: Store, fence: Fence, step: int, *, published: bool) -> None:
@@ -137,7 +153,8 @@ def require_current(store: Store, fence: Fence, step: int, *, published: bool) -
         return
     message = (
         f"step {step} in {store.url}: this process is of start {fence.generation} of its run, and start {newest} has begun. "
-        "It was left behind, and has to end"
+        "It was left behind, and has to end; if not, something else that is told the same name uses this root: start that with "
+        "SHARDCKPT_RUN=none"
     )
     if published:
         raise Superseded(f"{message}; whether the newer start has seen its checkpoint is not known", outcome="unknown")
@@ -154,6 +171,11 @@ def clear_outdated(store: Store, fence: Fence, step: int) -> bool:
         return False
     logger.warning("%s: step %d was committed by an earlier start of this run after this one had begun", store.url, step)
     return pruner.remove(removal)
+
+
+def _is_older(attempt: str, run: str, generation: int) -> bool:
+    found = _STAMPED.match(attempt)
+    return found is not None and found[1] == run and int(found[2], 16) < generation
 
 
 def _generations(store: Store, run: str) -> list[int]:

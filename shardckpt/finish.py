@@ -13,7 +13,7 @@ import msgspec
 
 from .commit import build_manifest, check_visible, publish
 from .coordinate import Coordinator
-from .errors import AlreadyCommitted, CheckpointError, RankTimeout, StoreError
+from .errors import AlreadyCommitted, CheckpointError, MissingFile, RankTimeout, StoreError
 from .events import Phase, Timings
 from .feed import Samples, Source
 from .fencing import Fence, clear_outdated, require_current
@@ -114,13 +114,20 @@ def _commit(job: Job, store: Store, receipts: list[Receipt], metrics: MetricsRec
 
 
 def _publish_fenced(job: Job, fence: Fence, store: Store, data: bytes) -> None:
-    require_current(store, fence, job.step, published=False)
+    def allow() -> None:
+        require_current(store, fence, job.step, published=False)
+
     try:
-        publish(store, job.prefix, data, job.attempt)
-    except AlreadyCommitted:
-        if not clear_outdated(store, fence, job.step):
-            raise
-        publish(store, job.prefix, data, job.attempt)
+        try:
+            publish(store, job.prefix, data, job.attempt, allow)
+        except AlreadyCommitted:
+            if not clear_outdated(store, fence, job.step):
+                raise
+            publish(store, job.prefix, data, job.attempt, allow)
+    except MissingFile:
+        # a newer start has revoked it
+        allow()
+        raise
     require_current(store, fence, job.step, published=True)
 
 

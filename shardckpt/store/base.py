@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
@@ -287,6 +287,22 @@ class Store(ABC):
         Of several racing writers exactly one wins; the others get `AlreadyExists` and change nothing.
         Outcomes that the storage leaves open (a reply that was lost) are settled here, by looking. After any
         other error the name may or may not exist, and must not be reported as durable.
+        """
+
+    def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        """As `put_if_absent`, but only if ``allow``, which is called as late as the storage can, does not raise.
+
+        Raises `MissingFile`, and changes nothing, when somebody has called `revoke` for the name in the meantime.
+        """
+        allow()
+        self.put_if_absent(name, data)
+
+    def revoke(self, name: str) -> None:  # noqa: B027  (not every storage has such a thing)
+        """Stop every `put_if_allowed` of ``name`` whose ``allow`` was called before: it has either succeeded when this returns,
+        or fails. Those whose ``allow`` comes later are not concerned.
+
+        A local store does so, by taking the temporary files away that were to get the name. In an object store, where a put
+        is one request, nothing can be stopped, and nothing happens.
         """
 
     @abstractmethod

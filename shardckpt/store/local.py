@@ -14,10 +14,11 @@ import errno
 import logging
 import mmap
 import os
+import re
 import secrets
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -46,6 +47,7 @@ _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
 _NO_DIRECT_IO: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _MOST_TRIES: Final = 20
+_TEMPORARY_BYTES: Final = 4
 _KINDS: Final = {
     stat.S_IFDIR: "directory",
     stat.S_IFIFO: "FIFO",
@@ -126,17 +128,18 @@ class LocalStore(Store):
         return LocalReader(self._fs, name, path, fd, size)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
-        path = self._path(name)
-        temporary = _temporary_beside(path)
-        try:
-            fd = self._open_new(temporary)
-            with explained("write", temporary), closing(self._fs, fd):
-                write_all(self._fs, fd, memoryview(data), 0)
-                self._fs.fsync(fd)
-            self._publisher.publish(temporary, path)
-        finally:
-            self._remove_temporary(temporary)
-        self._directories.sync_path(os.path.dirname(path))
+        self._put(name, data, lambda: None)
+
+    def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        self._put(name, data, allow)
+
+    def revoke(self, name: str) -> None:
+        directory, leaf = os.path.split(self._path(name))
+        temporary = re.compile(rf"{re.escape(leaf)}\.[0-9a-f]{{{2 * _TEMPORARY_BYTES}}}{re.escape(TEMPORARY_SUFFIX)}\Z")
+        with explained("list", directory), suppress(FileNotFoundError):
+            for found in filter(temporary.match, self._fs.listdir(directory)):
+                with suppress(FileNotFoundError):
+                    self._fs.unlink(os.path.join(directory, found))
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
         directory = self._path(prefix) if prefix else self.url
@@ -173,6 +176,20 @@ class LocalStore(Store):
     def takes_direct(self) -> bool:
         """Whether new files are written with O_DIRECT. The first call tries it, in the root; raises `StoreError`."""
         return self._direct_flag() != 0
+
+    def _put(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        path = self._path(name)
+        temporary = _temporary_beside(path)
+        try:
+            fd = self._open_new(temporary)
+            with explained("write", temporary), closing(self._fs, fd):
+                write_all(self._fs, fd, memoryview(data), 0)
+                self._fs.fsync(fd)
+            allow()
+            self._publisher.publish(temporary, path)
+        finally:
+            self._remove_temporary(temporary)
+        self._directories.sync_path(os.path.dirname(path))
 
     def _path(self, name: str) -> str:
         return os.path.join(self.url, check_name(name))
@@ -274,4 +291,4 @@ def _require_regular(path: str, mode: int) -> None:
 
 
 def _temporary_beside(path: str) -> str:
-    return f"{path}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    return f"{path}.{secrets.token_hex(_TEMPORARY_BYTES)}{TEMPORARY_SUFFIX}"

@@ -70,6 +70,12 @@ class RetryingStore(Store):
     def put_if_absent(self, name: str, data: bytes) -> None:
         self.persist(lambda: self._store.put_if_absent(name, data))
 
+    def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        self.persist(lambda: self._store.put_if_allowed(name, data, allow))
+
+    def revoke(self, name: str) -> None:
+        self.persist(lambda: self._store.revoke(name))
+
     def list(self, prefix: str = "") -> Sequence[Entry]:
         return self.persist(lambda: self._store.list(prefix))
 

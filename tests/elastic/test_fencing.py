@@ -17,7 +17,6 @@ from shardckpt import AlreadyCommitted, BackgroundDied, Options, StoreError, Sup
 from shardckpt.background.process import settle
 from shardckpt.fencing import Fence, Fencing, raise_fence, require_current
 from shardckpt.finish import Job
-from shardckpt.manifest import MANIFEST_NAME
 from shardckpt.store import LocalStore, MemoryStore, Store
 from tests.engine.stores import Gate, a_state, equal, files, loaded
 from tests.engine.waiting import InThread
@@ -26,19 +25,22 @@ PATIENCE = 120.0
 
 
 class PublishGate(LocalStore):
-    """A store in which no manifest can be published while the gate is closed."""
+    """A store that cannot revoke, as in buckets, in which no manifest can be published while the gate is closed."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
         self.gate = threading.Event()
         self.reached = threading.Event()
 
-    def put_if_absent(self, name: str, data: bytes) -> None:
-        if name.endswith(MANIFEST_NAME):
-            self.reached.set()
-            if not self.gate.wait(PATIENCE):
-                raise TimeoutError("nobody opened the gate")
+    def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        allow()
+        self.reached.set()
+        if not self.gate.wait(PATIENCE):
+            raise TimeoutError("nobody opened the gate")
         super().put_if_absent(name, data)
+
+    def revoke(self, name: str) -> None:
+        pass
 
 
 def a_start(

@@ -24,6 +24,10 @@ WAYS: dict[str, Callable[[Store, str], FileReader]] = {
 }
 
 
+class Interrupted(Exception):
+    pass
+
+
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names_are_refused_by_every_operation(store: Store, name: str) -> None:
     operations = [
@@ -33,6 +37,7 @@ def test_bad_names_are_refused_by_every_operation(store: Store, name: str) -> No
         lambda: store.open_uncached(name),
         lambda: store.get(name, 1),
         lambda: store.put_if_absent(name, b""),
+        lambda: store.put_if_allowed(name, b"", lambda: None),
         lambda: store.delete(name),
         *([lambda: store.list(name)] if name else []),
     ]
@@ -255,6 +260,26 @@ def test_exactly_one_of_many_racing_puts_wins(store: Store) -> None:
     won = in_threads(16, put)
     assert won.count(True) == 1
     assert store.get("step-1/manifest.json", 100) == f"attempt {won.index(True)}".encode()
+    assert names(store) == ["step-1/manifest.json"]
+
+
+def test_what_is_not_allowed_does_not_appear(store: Store) -> None:
+    asked: list[list[str]] = []
+
+    def refuse() -> None:
+        asked.append([name for name in names(store) if not is_temporary(name)])
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        store.put_if_allowed("step-1/manifest.json", b"data", refuse)
+    assert (asked, names(store)) == ([[]], [])
+    store.put_if_allowed("step-1/manifest.json", b"data", lambda: None)
+    assert store.get("step-1/manifest.json", 10) == b"data"
+    with pytest.raises(AlreadyExists):
+        store.put_if_allowed("step-1/manifest.json", b"other", lambda: None)
+    store.revoke("step-1/manifest.json")
+    store.revoke("step-2/manifest.json")
+    assert store.get("step-1/manifest.json", 10) == b"data"
     assert names(store) == ["step-1/manifest.json"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from shardckpt.errors import MissingFile, NotACheckpointRoot, StoreError, TruncatedFile
 from shardckpt.store import ALIGNMENT, LocalStore
-from tests.store.faults import Buffered, FaultyFileSystem, opened_flags
+from tests.store.faults import Buffered, FaultyFileSystem, WithoutLinks, opened_flags
 from tests.store.helpers import aligned, load_file, names, some_bytes, store_file
 
 
@@ -49,6 +49,21 @@ def test_a_relative_root_stays_where_it_was(tmp_path: Path) -> None:
         os.chdir(before)
     store.put_if_absent("file", b"")
     assert (tmp_path / "root" / "file").exists()
+
+
+@pytest.mark.parametrize("code", [None, errno.EPERM])
+def test_what_is_revoked_between_the_look_and_the_name_fails(tmp_path: Path, code: int | None) -> None:
+    """On file systems with hard links, and without. Nothing else in the directory is touched."""
+    fs = FaultyFileSystem() if code is None else WithoutLinks(code)
+    store = LocalStore(tmp_path, fs)
+    beside = ["step-1/manifest.json.abc.tmp", "step-1/manifest_json.01234567.tmp", "step-1/manifest.json.claim.tmp"]
+    for name in beside:
+        store_file(store, name, b"")
+    if code is not None:
+        (tmp_path / beside.pop()).unlink()
+    with pytest.raises(MissingFile):
+        store.put_if_allowed("step-1/manifest.json", b"data", lambda: store.revoke("step-1/manifest.json"))
+    assert names(store) == sorted(beside)
 
 
 def test_new_files_follow_the_umask(store: LocalStore, tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ class Troubled(Store):
         self.stumble()
         self.inner.delete(name)
 
+    def revoke(self, name: str) -> None:
+        self.stumble()
+
 
 OPERATIONS: list[Callable[[Store], object]] = [
     lambda store: store_file(store, "new", b""),
@@ -58,6 +61,8 @@ OPERATIONS: list[Callable[[Store], object]] = [
     lambda store: load_file(store, "file"),
     lambda store: store.get("file", 10),
     lambda store: store.put_if_absent("new", b""),
+    lambda store: store.put_if_allowed("new", b"", lambda: None),
+    lambda store: store.revoke("new"),
     lambda store: store.list(),
     lambda store: store.delete("file"),
 ]

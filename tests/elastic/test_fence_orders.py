@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fences in every order: a new start begins at each moment of a commit of an old one, and is itself stopped at each moment.
+
+Both are stopped at one call of the file system each, which gives every order of their calls with up to three changes of turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardckpt.errors import AlreadyCommitted, StoreError, Superseded
+from shardckpt.fencing import Fence, raise_fence
+from shardckpt.finish import Job, _publish_fenced, is_surely_uncommitted
+from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
+from shardckpt.root import Root
+from shardckpt.store import LocalStore
+from shardckpt.store.publish import Publisher
+from shardckpt.validate import parse_manifest
+from tests.engine.simulate import by_hand, invented_receipts, manifest_of
+from tests.engine.waiting import InThread
+from tests.store.faults import FaultyFileSystem, WithoutLinks
+
+PATIENCE = 120.0
+RUN, STEP, BEFORE = "job", 100, 90
+NAMING = ("link", "rename", "unlink", "listdir")
+"""The calls that give names, take them away, or look for them."""
+PREFIX = f"{step_directory(STEP)}/"
+
+
+class Unrevoked(LocalStore):
+    """A store that cannot revoke, as in buckets."""
+
+    def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:
+        allow()
+        super().put_if_absent(name, data)
+
+    def revoke(self, name: str) -> None:
+        pass
+
+
+class Actor:
+    """Does something in a thread, until it is stopped before one of its calls, and then the rest."""
+
+    def __init__(
+        self, work: Callable[[LocalStore], str], kind: type[LocalStore], root: Path, fs: FaultyFileSystem, stop: int
+    ) -> None:
+        self._reached, self._go_on = threading.Event(), threading.Event()
+        self._work = work
+        # who is stopped with a claim does not let go of it, however long one waits
+        self._store = kind(root, fs, Publisher(fs, patience=0.0))
+        self._thread: InThread[str] | None = None
+        fs.strike(stop, self._pause)
+
+    def _pause(self, operation: Callable[..., Any], *args: Any) -> Any:
+        self._reached.set()
+        if not self._go_on.wait(PATIENCE):
+            raise TimeoutError("nobody let it go on")
+        return operation(*args)
+
+    def begin(self) -> None:
+        """Go as far as to the stop, or to the end."""
+
+        def run() -> str:
+            try:
+                return self._work(self._store)
+            finally:
+                self._reached.set()
+
+        self._thread = InThread(run)
+        assert self._reached.wait(PATIENCE)
+
+    def end(self) -> str:
+        """Do the rest; what has come of it."""
+        assert self._thread is not None
+        self._go_on.set()
+        return self._thread.result()
+
+
+def commit(store: LocalStore, fence: Fence) -> str:
+    """Commit step `STEP`, whose files are there; what is said of it."""
+    attempt = f"{fence.stamp}0123456789abcdef"
+    store.put_if_absent(f"{PREFIX}{rank_file_name(0, attempt)}", b"data")
+    plan = by_hand(1, {})
+    data = manifest_of(plan, invented_receipts(plan, attempt), attempt)
+    job = Job(prefix=PREFIX, step=STEP, attempt=attempt, header=b"", block_size=1, draft=None, fence=fence)
+    try:
+        _publish_fenced(job, fence, store, data)
+    except (Superseded, AlreadyCommitted) as error:
+        return "nothing" if is_surely_uncommitted(error) else "unknown"
+    except StoreError as error:
+        assert "another writer has claimed the name" in str(error)
+        return "claimed"
+    return "done"
+
+
+def start_anew(store: LocalStore) -> str:
+    """Begin a start, look from which step it goes on, and save `STEP` if that is not there."""
+    fence = raise_fence(store, RUN)
+    chosen = max(Root(store).steps())
+    fence = Fence(run=fence.run, generation=fence.generation, newest=max(fence.newest, chosen))
+    return f"{chosen} {commit(store, fence)}" if chosen < STEP else f"{chosen}"
+
+
+def generation_of(store: LocalStore) -> int:
+    """Of the start whose save of `STEP` counts; 0 without one."""
+    if not Root(store).look_at(STEP).committed:
+        return 0
+    attempt = parse_manifest(store.get(f"{PREFIX}{MANIFEST_NAME}", 1 << 20)).manifest.attempt
+    return int(attempt[8:16], 16)
+
+
+def a_root(folder: Path) -> Fence:
+    """A run whose first start has committed a step before."""
+    store = LocalStore(folder, FaultyFileSystem())
+    fence = raise_fence(store, RUN)
+    store.put_if_absent(f"{step_directory(BEFORE)}/{MANIFEST_NAME}", b"{}")
+    return fence
+
+
+def moments(folder: Path, kind: type[LocalStore], system: type[FaultyFileSystem]) -> tuple[list[int], list[int]]:
+    """The numbers of the calls by which the old start and the new one can notice each other."""
+    found = []
+    for name, work in (("old", commit), ("new", lambda store, _: start_anew(store))):
+        fence, fs = a_root(folder / name), system()
+        work(kind(folder / name, fs), fence)
+        found.append([number for number, call in enumerate(fs.names(), 1) if call in NAMING])
+    return found[0], found[1]
+
+
+def outcomes(folder: Path, kind: type[LocalStore], system: type[FaultyFileSystem]) -> set[tuple[str, str, int]]:
+    """Over all orders: what comes of the old start's save, what the new one does, and whose save counts in the end."""
+    found = set()
+    for number, (i, j) in enumerate(itertools.product(*moments(folder, kind, system))):
+        root = folder / f"{number}"
+        fence = a_root(root)
+        old = Actor(partial(commit, fence=fence), kind, root, system(), i)
+        new = Actor(start_anew, kind, root, system(), j)
+        first, second = (old, new) if number % 2 else (new, old)
+        first.begin()
+        second.begin()
+        told = {first: first.end()}
+        told[second] = second.end()
+        found.add((told[old], told[new], generation_of(kind(root))))
+    return found
+
+
+@pytest.mark.parametrize("system", [FaultyFileSystem, WithoutLinks])
+def test_nothing_is_added_to_what_a_new_start_has_seen(tmp_path: Path, system: type[FaultyFileSystem]) -> None:
+    expected = {("done", "100", 1), ("unknown", "100", 1), ("nothing", "90 done", 2)}
+    if system is WithoutLinks:
+        expected.add(("nothing", "90 claimed", 0))
+    assert outcomes(tmp_path, LocalStore, system) == expected
+
+
+def test_where_nothing_can_be_revoked_the_new_start_wins(tmp_path: Path) -> None:
+    """What came too late gives way, although nobody can tell that from what came in time."""
+    expected = {("done", "100", 1), ("unknown", "100", 1), ("nothing", "90 done", 2), ("unknown", "90 done", 2)}
+    assert outcomes(tmp_path, Unrevoked, FaultyFileSystem) == expected
