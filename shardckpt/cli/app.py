@@ -37,6 +37,12 @@ class Commands(TyperGroup):
         except CheckpointError as error:
             complain(error.message)
             raise typer.Exit(USAGE if isinstance(error, ConfigError) else FOUND) from None
+        except BrokenPipeError:
+            # whoever reads has seen enough, which typer knows
+            raise
+        except OSError as error:
+            complain(str(error))
+            raise typer.Exit(FOUND) from None
 
 
 class LateBench(TyperGroup):
@@ -94,7 +100,8 @@ def _options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and the license."),
     ] = False,
 ) -> None:
-    """Look at, verify, repair, compare and prune checkpoints of shardckpt, and check the machines that write them."""
+    """Look at, verify, repair, compare and prune checkpoints of shardckpt, read and write those of other programs, run what
+    makes them, and check the machines for it."""
 
 
 def cli_main(arguments: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,23 @@ def test_status_and_streams_of_the_process(root: Path) -> None:
     assert (done.status, done.out) == (1, "")
     assert done.err.startswith("shardckpt: error: ")
     assert "Traceback" not in done.err
+
+
+def test_a_full_disk_under_the_output_is_one_line(root: Path) -> None:
+    command = [sys.executable, "-m", "shardckpt", "ls", str(root)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == "shardckpt: error: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_has_gone_gets_no_traceback(root: Path) -> None:
+    command = [sys.executable, "-m", "shardckpt", "show", str(root), "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_main_ends_with_the_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
