@@ -47,9 +47,18 @@ def complain(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document; numbers that JSON does not have become null."""
-    plain = msgspec.json.decode(msgspec.json.encode(value))
+    plain = msgspec.json.decode(msgspec.json.encode(_text_only(msgspec.to_builtins(value, str_keys=True))))
     # Escapes for all that is not ASCII, so that names cannot steer a terminal here either.
     typer.echo(json.dumps(plain, indent=2, ensure_ascii=True))
+
+
+def _text_only(value: Any) -> Any:
+    """What a file's name has that is no text, as an escape: JSON has no place for it."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {_text_only(name): _text_only(part) for name, part in value.items()}
+    return [_text_only(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:

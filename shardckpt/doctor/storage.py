@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError, CheckpointNotFound
+from ..errors import CheckpointError, CheckpointNotFound, NotACheckpointRoot
 from ..hostmemory import PRUDENCE
 from ..maintain.stored import open_checkpoint
-from ..manifest import MANIFEST_NAME
+from ..manifest import MANIFEST_NAME, STEP_PATTERN
 from ..root import Root, attempt_of, find_checkpoint
-from ..store import LocalStore, Store, open_store
+from ..store import LocalStore, Store, is_temporary, open_store
+from ..store.filesystem import FileSystem
 from ..store.mounts import Mount
-from ..store.trial import Space, Speed, nearest_directory, space_in
+from ..store.oserror import explained
+from ..store.trial import Space, Speed, nearest_directory, some_file, space_in
 from .finding import Finding, amount, gigabytes, milliseconds, refusal
 from .machine import Machine
 
@@ -98,6 +100,8 @@ def _check_root(machine: Machine, store: Store) -> Iterator[Finding]:
         place = store
     newest = None
     try:
+        if isinstance(store, LocalStore) and store.url == directory:
+            _require_root(directory, machine.fs)
         newest = newest_in(store)
         if newest is not None:
             yield _describe(newest)
@@ -140,6 +144,18 @@ def judge_mount(root: str, directory: str, mount: Mount | None) -> Finding:
     return Finding("storage", "ok", f"{text}, {seen}", values=values)
 
 
+def _require_root(directory: str, fs: FileSystem) -> None:
+    """Raise `NotACheckpointRoot` for the wrong directory, before all that is in it is listed: it may be a whole disk."""
+    with explained("list", directory):
+        names = fs.listdir(directory)
+    if not any(name == MANIFEST_NAME or STEP_PATTERN.match(name) for name in names):
+        found = some_file(directory, fs)
+        if found is not None and attempt_of(found) is None and not is_temporary(found):
+            raise NotACheckpointRoot(
+                f"{directory} has no checkpoint in it, and holds {found!r}; use a new or an empty directory", found=found
+            )
+
+
 def newest_in(store: Store) -> Newest | None:
     """The newest checkpoint in a store, None without any. Raises `NotACheckpointRoot`, `IntegrityError` and `StoreError`."""
     try:
@@ -155,7 +171,7 @@ def newest_in(store: Store) -> Newest | None:
 
 
 def _describe(newest: Newest) -> Finding:
-    text = f"step {newest.step}: {amount(newest.nbytes)} by {newest.world_size} ranks"
+    text = f"step {newest.step}: {amount(newest.nbytes)} by {newest.world_size} rank{'' if newest.world_size == 1 else 's'}"
     values = {"step": newest.step, "world_size": newest.world_size, "bytes": newest.nbytes, "files": newest.files}
     return Finding("newest checkpoint", "ok", text, values=values)
 

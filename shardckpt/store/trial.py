@@ -102,6 +102,23 @@ def _mode(path: str, fs: FileSystem) -> int | None:
     return None
 
 
+def some_file(directory: str, fs: FileSystem = OPERATING_SYSTEM) -> str | None:
+    """Path, from ``directory`` on, of one file in it or below, those with a dot left out; None if there is none.
+
+    Looks no further than that, however much there is. Raises `StoreError`.
+    """
+    with explained("list", directory):
+        for leaf in sorted(fs.listdir(directory)):
+            path = os.path.join(directory, leaf)
+            mode = 0 if leaf.startswith(".") else fs.lstat(path).st_mode
+            if stat.S_ISREG(mode):
+                return leaf
+            below = some_file(path, fs) if stat.S_ISDIR(mode) else None
+            if below is not None:
+                return os.path.join(leaf, below)
+    return None
+
+
 def space_in(directory: str, fs: FileSystem = OPERATING_SYSTEM) -> Space | None:
     """Room on the file system of a directory; None where it does not tell. Raises `StoreError`."""
     with explained("look at", directory):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -72,7 +73,7 @@ def test_the_newest_checkpoint_is_what_has_to_fit(tmp_path: Path) -> None:
     files = list((root / "step-00000003").iterdir())
     nbytes = sum(path.stat().st_size for path in files)
     found = look(machine(root))
-    assert found["newest checkpoint"].text == f"step 3: {amount(nbytes)} by 1 ranks"
+    assert found["newest checkpoint"].text == f"step 3: {amount(nbytes)} by 1 rank"
     assert found["newest checkpoint"].values == {"step": 3, "world_size": 1, "bytes": nbytes, "files": len(files)}
     assert found["staging memory"].values["ranks"] == 1
     assert found["free space"].values["checkpoints"] == found["free space"].values["free"] // nbytes
@@ -88,7 +89,7 @@ def test_files_of_other_attempts_are_not_counted(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_has_a_place_to_itself(tmp_path: Path) -> None:
     shardckpt.save(tmp_path / "one", {"own": torch.zeros(10)})
-    assert look(machine(tmp_path / "one"))["newest checkpoint"].text.endswith("by 1 ranks")
+    assert look(machine(tmp_path / "one"))["newest checkpoint"].text.endswith("by 1 rank")
 
 
 def test_a_damaged_checkpoint_is_a_problem_and_the_rest_is_looked_at(tmp_path: Path) -> None:
@@ -103,7 +104,45 @@ def test_a_directory_of_other_things(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     found = look(machine(tmp_path))["newest checkpoint"]
     assert found.status == "problem"
-    assert "holds 'thesis.tex', which is no step" in found.text + found.remedy
+    assert found.text == f"{tmp_path} has no checkpoint in it, and holds 'thesis.tex'"
+    assert found.remedy == "use a new or an empty directory"
+
+
+def test_a_directory_with_nothing_in_it_that_counts(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".snapshots").mkdir()
+    (tmp_path / ".snapshots" / "1").write_text("mine")
+    assert "newest checkpoint" not in look(machine(tmp_path))
+
+
+def test_a_directory_that_may_not_be_listed(tmp_path: Path) -> None:
+    class Closed(Sized):
+        def listdir(self, path: str) -> list[str]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    found = look(machine(tmp_path, fs=Closed(blocks=1 << 30, free=1 << 29, files=0, free_files=0)))["newest checkpoint"]
+    assert (found.status, found.text) == ("problem", f"cannot list '{tmp_path}': Permission denied (EACCES)")
+    assert "check owner and mode" in found.remedy
+
+
+class Counted(Sized):
+    """Knows how many directories were listed."""
+
+    listed = 0
+
+    def listdir(self, path: str) -> list[str]:
+        self.listed += 1
+        return super().listdir(path)
+
+
+def test_a_whole_disk_is_not_searched(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02}").mkdir()
+        (tmp_path / f"{number:02}" / "file").write_text("mine")
+    fs = Counted(blocks=1 << 30, free=1 << 29, files=0, free_files=0)
+    found = look(machine(tmp_path, fs=fs))["newest checkpoint"]
+    assert "holds '00/file'" in found.text
+    assert fs.listed == 3
 
 
 @pytest.mark.parametrize(
@@ -357,6 +396,12 @@ def test_what_was_typed_wrongly_is_wrong_usage(arguments: list[str], said: str) 
     assert done.status == 2
     assert said in done.err
     assert "\x1b[31m" not in done.err
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    done = run("doctor", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), "--json")
+    checks = {check["check"]: check for check in done.json["checks"]}
+    assert checks["storage"]["values"]["path"] == f"{tmp_path}/\\xff"
 
 
 def test_names_that_could_steer_a_terminal_are_harmless(capsys: pytest.CaptureFixture[str]) -> None:
