@@ -115,6 +115,9 @@ def raise_fence(store: Store, run: str) -> Fence:
     while True:
         older = _generations(store, digest)
         generation = max(older, default=0) + 1
+        if generation >= 16**_DIGITS:
+            name = _mark(digest, generation - 1)
+            raise StoreError(f"{name} in {store.url} is of the last start that can be counted: remove it", name=name)
         try:
             store.put_if_absent(_mark(digest, generation), b"")
         except AlreadyExists:

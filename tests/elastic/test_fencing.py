@@ -286,6 +286,14 @@ def test_marks_of_strangers_are_let_alone() -> None:
     assert len(store.list(".fences")) == 5
 
 
+def test_a_mark_that_no_other_can_follow_is_named() -> None:
+    store = MemoryStore("last")
+    run = raise_fence(store, "job").run
+    store.put_if_absent(f".fences/{run}-ffffffff", b"")
+    with pytest.raises(StoreError, match="the last start that can be counted: remove it"):
+        raise_fence(store, "job")
+
+
 @pytest.mark.parametrize(
     ("attempt", "step", "expected"),
     [
