@@ -38,6 +38,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MAX_RANKS = 8
 # Forked ranks start with these in memory; anything a test module imports on top is paid once per process.
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
@@ -111,14 +113,21 @@ class RankPool:
     def run_expecting_errors(
         self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, fresh: bool = False
     ) -> list[Any]:
-        """As `run`, but the exceptions of ranks stand in the returned list, a `RankDied` for a process that ended."""
+        """As `run`, but the exceptions of ranks stand in the returned list, a `RankDied` for a process that ended.
+
+        The test is skipped when a rank skips.
+        """
         if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size must be 1 to {MAX_RANKS}, got {world_size}")
         call = pickle.dumps((fn, args))
         with self._borrow(world_size, fresh) as workers:
             number = next(self._cases)
             cases = [_Case(number, rank, world_size, call, timeout) for rank in range(world_size)]
-            return _run_case(workers, cases, fn.__name__, timeout)
+            outcomes = _run_case(workers, cases, fn.__name__, timeout)
+        for outcome in outcomes:
+            if isinstance(outcome, pytest.skip.Exception):
+                raise outcome
+        return outcomes
 
     @contextlib.contextmanager
     def _borrow(self, count: int, fresh: bool) -> Iterator[list[_Worker]]:

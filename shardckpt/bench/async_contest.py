@@ -21,7 +21,8 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from .async_contestants import NOBODY, Entrant, Flight, Saver, choose
+from .async_contestants import NOBODY, Entrant, Flight, Saver
+from .async_entrants import choose
 from .copying import plain_copies
 from .disk import empty
 from .launch import OnProgress, Progress

@@ -1,35 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who saves while training goes on: the engine and torch.distributed.checkpoint (DCP), in each of their modes.
-
-DCP gets ready-made state dicts, which training programs build anew for each save, and a process group of its own, without
-which its collectives would meet those of training. The engine takes model and optimizer as they are.
-"""
+"""Who saves while training goes on: what a contestant has to offer, nobody, and the engine in each of its modes."""
 
 from __future__ import annotations
 
-import fnmatch
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch.distributed as dist
-from torch.distributed.checkpoint import _async_process_executor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
+from typing import Literal
 
 from .. import Checkpointer, Options, SaveHandle
-from ..errors import ConfigError
 from .training import Training
 
 NOBODY, ENGINE, PEER = "no-checkpoints", "shardckpt", "dcp"
 Copies = Literal["in the call", "later", "never"]
-_STDERR = 2
 
 
 class Flight(ABC):
@@ -112,7 +94,7 @@ class Nobody(Entrant):
 
 class _NobodySaver(Saver):
     def save(self, number: int) -> Flight:
-        return _Done()
+        return Done()
 
     def load(self, number: int) -> None:
         raise FileNotFoundError(number)
@@ -121,7 +103,9 @@ class _NobodySaver(Saver):
         return
 
 
-class _Done(Flight):
+class Done(Flight):
+    """A save that was over when the call returned."""
+
     def wait(self) -> None:
         return
 
@@ -193,151 +177,3 @@ class _EngineFlight(Flight):
 
     def wait(self) -> None:
         self._handle.result()
-
-
-# ---- DCP
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer(Entrant):
-    """DCP in one of its modes."""
-
-    writer: AsyncCheckpointerType | None = AsyncCheckpointerType.THREAD
-    """What writes; None for blocking saves."""
-    staging: StagingOptions | None = None
-    """How a stager that is kept for all saves copies; None leaves it to DCP, which then makes one for each save."""
-
-    @property
-    def how(self) -> str:
-        if self.writer is None:
-            return "save(...)"
-        stager = "its own stager" if self.staging is None else f"DefaultStager({', '.join(self._chosen)})"
-        return f"async_save(...) by a {self.writer.value}, {stager}"
-
-    @property
-    def _chosen(self) -> list[str]:
-        return [f"{name}=True" for name, value in vars(self.staging).items() if value]
-
-    @property
-    def side(self) -> str:
-        return PEER
-
-    @property
-    def copies(self) -> Copies:
-        if self.writer is None:
-            return "never"
-        return "later" if self.staging is not None and self.staging.use_async_staging else "in the call"
-
-    @property
-    def blocking(self) -> bool:
-        return self.writer is None
-
-    def open(self, folder: str, training: Training) -> Saver:
-        return _PeerSaver(folder, training, self)
-
-
-class _PeerSaver(Saver):
-    def __init__(self, folder: str, training: Training, entrant: Peer) -> None:
-        model, optimizer = get_state_dict(training.model, training.optimizer)
-        self._state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        self._folder = folder
-        self._writer = entrant.writer
-        self._group = dist.new_group(backend="gloo")
-        self._stager = None if entrant.staging is None else DefaultStager(entrant.staging)
-        self._stderr = os.dup(_STDERR)
-        if self._writer is AsyncCheckpointerType.PROCESS:
-            with open(os.devnull, "wb") as nowhere:
-                # DCP's process tells there of every step that it takes
-                os.dup2(nowhere.fileno(), _STDERR)
-
-    def save(self, number: int) -> Flight:
-        path = self._path(number)
-        if self._writer is None:
-            save(self._state, storage_writer=FileSystemWriter(path, sync_files=True), process_group=self._group)
-            return _Done()
-        # a FileSystemWriter that is passed without a stager would also stage, in the way of older versions; one that
-        # DCP makes itself is durable too
-        given: dict[str, Any] = {"checkpoint_id": path}
-        if self._stager is not None:
-            given = {"storage_writer": FileSystemWriter(path, sync_files=True), "async_stager": self._stager}
-        return _PeerFlight(async_save(self._state, async_checkpointer_type=self._writer, process_group=self._group, **given))
-
-    def load(self, number: int) -> None:
-        load(self._state, storage_reader=FileSystemReader(self._path(number)), process_group=self._group)
-
-    def close(self) -> None:
-        # DCP's process would live as long as this one, and be counted as the next contestant's
-        _async_process_executor._CHECKPOINT_PROCESS = None
-        os.dup2(self._stderr, _STDERR)
-        os.close(self._stderr)
-        if self._stager is not None:
-            self._stager.close()
-        self._state.clear()
-        dist.destroy_process_group(self._group)
-
-    def _path(self, number: int) -> str:
-        return os.path.join(self._folder, str(number))
-
-
-class _PeerFlight(Flight):
-    def __init__(self, response: Future[Any] | AsyncSaveResponse) -> None:
-        self._response = response
-
-    def before_update(self) -> None:
-        if isinstance(self._response, AsyncSaveResponse):
-            self._response.staging_completion.result()
-
-    def wait(self) -> None:
-        if isinstance(self._response, AsyncSaveResponse):
-            self._response.upload_completion.result()
-        else:
-            self._response.result()
-
-
-# ---- all of them
-
-
-def all_entrants(*, cuda: bool) -> list[Entrant]:
-    """Every contestant that can take part, in the order of their turns; with ``cuda``, those that need a GPU as well."""
-    thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
-    entrants: list[Entrant] = [
-        Nobody(),
-        Engine(name="shardckpt-blocking", options=Options(), wait=True),
-        Engine(name="shardckpt-eager-thread", options=Options(stage="eager", background="thread")),
-        Engine(name="shardckpt-eager-process", options=Options(stage="eager", background="process")),
-        Engine(name="shardckpt-lazy-thread", options=Options(stage="lazy", background="thread")),
-        Engine(name="shardckpt-lazy-process", options=Options(stage="lazy", background="process")),
-        Engine(name="shardckpt-none-thread", options=Options(stage="none", background="thread")),
-        Peer(name="dcp-blocking", writer=None),
-        Peer(name="dcp-thread"),
-        Peer(name="dcp-thread-kept", staging=_staging()),
-        Peer(name="dcp-thread-lazy", staging=_staging(use_async_staging=True)),
-        Peer(name="dcp-process", writer=process),
-        Peer(name="dcp-process-kept", writer=process, staging=_staging(use_shared_memory=True)),
-        Peer(name="dcp-process-lazy", writer=process, staging=_staging(use_shared_memory=True, use_async_staging=True)),
-    ]
-    if cuda:
-        pinned = {"use_pinned_memory": True, "use_non_blocking_copy": True}
-        shared = {**pinned, "use_shared_memory": True}
-        entrants += [
-            Peer(name="dcp-thread-pinned", writer=thread, staging=_staging(**pinned)),
-            Peer(name="dcp-thread-pinned-lazy", writer=thread, staging=_staging(**pinned, use_async_staging=True)),
-            Peer(name="dcp-process-pinned", writer=process, staging=_staging(**shared)),
-            Peer(name="dcp-process-pinned-lazy", writer=process, staging=_staging(**shared, use_async_staging=True)),
-        ]
-    return entrants
-
-
-def choose(patterns: Sequence[str], *, cuda: bool) -> list[Entrant]:
-    """The contestants whose names match one of the patterns, all for none; raises `ConfigError` for one without a match."""
-    entrants = all_entrants(cuda=cuda)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(entrant.name, pattern) for entrant in entrants):
-            raise ConfigError(f"{pattern!r} matches no contestant; there are {', '.join(entrant.name for entrant in entrants)}")
-    return [e for e in entrants if not patterns or any(fnmatch.fnmatchcase(e.name, pattern) for pattern in patterns)]
-
-
-def _staging(**chosen: bool) -> StagingOptions:
-    """DCP's options, of which only those are on that were chosen."""
-    names = ("use_pinned_memory", "use_shared_memory", "use_async_staging", "use_non_blocking_copy")
-    return StagingOptions(**{name: chosen.get(name, False) for name in names})

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from .async_contest import AsyncJob, async_rounds
-from .async_contestants import choose
+from .async_entrants import choose
 from .async_report import AsyncReport, summarize_async
 from .contest import Job, load_rounds, save_once, save_rounds
 from .launch import OnProgress, Progress, run_ranks

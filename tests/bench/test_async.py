@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,15 @@ from typer.testing import CliRunner
 from shardckpt import ConfigError, Options
 from shardckpt.bench import AsyncSpec, Progress, measure_async
 from shardckpt.bench.async_contest import AsyncContest, AsyncJob, AsyncOutcome
-from shardckpt.bench.async_contestants import Engine, Entrant, Flight, Nobody, Saver, all_entrants, choose
+from shardckpt.bench.async_contestants import Engine, Entrant, Flight, Nobody, Saver
+from shardckpt.bench.async_entrants import all_entrants, choose
 from shardckpt.bench.launch import OnProgress, run_ranks
 from shardckpt.bench.shapes import GPTShape
 from shardckpt.bench.training import Training
 from shardckpt.cli.bench import app
 from tests.ranks import RankPool
 
+pytest.importorskip("shardckpt.bench.async_peers", reason="DCP of this torch has no stagers", exc_type=ImportError)
 SIZE = 400_000
 ENGINES = [
     *("shardckpt-blocking", "shardckpt-eager-thread", "shardckpt-eager-process", "shardckpt-lazy-thread"),
@@ -267,3 +271,14 @@ def train() -> list[bool]:
 
 def test_training_changes_every_tensor_and_digests_tell(ranks: RankPool) -> None:
     assert ranks.run(2, train) == [[True] * 4] * 2
+
+
+def test_torch_without_stagers_is_told_as_such() -> None:
+    script = (
+        "import sys; sys.modules['shardckpt.bench.async_peers'] = None\n"
+        "from shardckpt.bench.async_entrants import choose\n"
+        "choose([], cuda=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"DCP of torch {torch.__version__} has no stagers to compare with, torch 2.9 is the first that has" in done.stderr

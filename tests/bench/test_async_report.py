@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import pytest
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from shardckpt import Options
 from shardckpt.bench.async_contest import AsyncOutcome, Cycle, Turn
-from shardckpt.bench.async_contestants import Engine, Entrant, Nobody, Peer
+from shardckpt.bench.async_contestants import Engine, Entrant, Nobody
 from shardckpt.bench.async_report import AsyncLine, AsyncReport, summarize_async
 from shardckpt.bench.machine import describe_machine
 from shardckpt.bench.report import describe_workload
 from shardckpt.bench.spec import AsyncSpec
+
+pytest.importorskip("shardckpt.bench.async_peers", reason="DCP of this torch has no stagers", exc_type=ImportError)
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from shardckpt.bench.async_peers import Peer
 
 MIB = 1 << 20
 FIRST = Cycle(stall=9.0, call=9.0, durable=9.0, steps=(9.0,))

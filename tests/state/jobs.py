@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from shardckpt.state import Captured, RNGState, capture
+from tests.models import require_fsdp2
 from tests.state.memory import Memory, load
 
 
@@ -130,6 +131,7 @@ def _tensor_parallel(model: Net, mesh: Any) -> None:
 
 
 def _fully_shard(model: Net, mesh: Any) -> nn.Module:
+    require_fsdp2()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
