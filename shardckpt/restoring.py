@@ -142,8 +142,8 @@ class Restoring:
         """On rank 0: the steps to try."""
         steps = Root(self.store).steps()
         if not steps:
-            # else a run that was given the wrong directory would begin anew, and be told at its first save
-            Root(self.store).require_place(f"{step_directory(0)}/")
+            # else a run that was given the directory of one step would begin anew, and be told at its first save
+            Root(self.store).require_no_checkpoint()
         if step is not None and step not in steps:
             raise CheckpointNotFound(
                 f"step {step!r} is not committed in {self.store.url}; committed are {steps[-8:] if steps else 'none'}",

@@ -144,14 +144,26 @@ class Root:
         if foreign is None:
             return
         if foreign == MANIFEST_NAME:
-            what = (
-                "is itself a checkpoint, and no root with a directory for each step. Name the directory above it, if that is "
-                "one, or take shardckpt.load for this checkpoint alone"
-            )
-        else:
-            part = "step" if prefix else "part of this checkpoint"
-            what = f"holds {foreign!r}, which is no {part}. Use a new or an empty directory"
-        raise NotACheckpointRoot(f"{self._store.url} {what}", url=self._store.url, found=foreign)
+            raise self._is_checkpoint()
+        part = "step" if prefix else "part of this checkpoint"
+        raise NotACheckpointRoot(
+            f"{self._store.url} holds {foreign!r}, which is no {part}. Use a new or an empty directory",
+            url=self._store.url,
+            found=foreign,
+        )
+
+    def require_no_checkpoint(self) -> None:
+        """Raise `NotACheckpointRoot` when this is a checkpoint itself, or the directory of one step."""
+        if any(entry.name == MANIFEST_NAME for entry in self._store.list()):
+            raise self._is_checkpoint()
+
+    def _is_checkpoint(self) -> NotACheckpointRoot:
+        return NotACheckpointRoot(
+            f"{self._store.url} is itself a checkpoint, and no root with a directory for each step. Name the directory above "
+            "it, if that is one, or take shardckpt.load for this checkpoint alone",
+            url=self._store.url,
+            found=MANIFEST_NAME,
+        )
 
 
 def commit_times(found: Iterable[StepFiles]) -> dict[int, float]:
