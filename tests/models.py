@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import shardckpt
+from tests.ranks import CannotRun
 
 KINDS = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "zero")
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -128,10 +128,10 @@ def tensor_parallel(model: nn.Module, mesh: Any) -> None:
 
 
 def require_fsdp2() -> None:
-    """Skip the test, also from within a rank, where FSDP2 does not train on CPUs."""
+    """On a rank: skip the test where FSDP2 does not train on CPUs."""
     release = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if release < FSDP2_ON_CPUS:
-        pytest.skip(f"FSDP2 of torch {torch.__version__} does not train on CPUs")
+        raise CannotRun(f"FSDP2 of torch {torch.__version__} does not train on CPUs")
 
 
 def shard(model: nn.Module, mesh: Any) -> None:

@@ -63,6 +63,10 @@ class RankDied(Exception):
         self.exitcode = exitcode
 
 
+class CannotRun(Exception):
+    """What a rank raises to skip the test, with the reason; pytest's own exception cannot be pickled."""
+
+
 class RanksHung(Exception):
     """A case did not finish in time; the message holds the stacks of all its processes, which were killed."""
 
@@ -115,7 +119,7 @@ class RankPool:
     ) -> list[Any]:
         """As `run`, but the exceptions of ranks stand in the returned list, a `RankDied` for a process that ended.
 
-        The test is skipped when a rank skips.
+        The test is skipped when a rank raises `CannotRun`.
         """
         if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size must be 1 to {MAX_RANKS}, got {world_size}")
@@ -125,8 +129,8 @@ class RankPool:
             cases = [_Case(number, rank, world_size, call, timeout) for rank in range(world_size)]
             outcomes = _run_case(workers, cases, fn.__name__, timeout)
         for outcome in outcomes:
-            if isinstance(outcome, pytest.skip.Exception):
-                raise outcome
+            if isinstance(outcome, CannotRun):
+                pytest.skip(str(outcome))
         return outcomes
 
     @contextlib.contextmanager
