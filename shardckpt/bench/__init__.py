@@ -5,7 +5,8 @@
 FSDP2 model with Adam's state, and let the contestants take turns, so that a change of the machine's mood meets all of them.
 What was saved and loaded is compared bit by bit, outside of the time that is measured. `measure_async` trains that model, and
 measures what saves beside it cost. `measure_deepspeed` trains nothing, and lets DeepSpeed take
-its turns with its own engines. `measure_planning` does the work of rank 0 of a job of any size in one process.
+its turns with its own engines. `measure_restart` kills a process of a job, and times what comes until it trains again.
+`measure_planning` does the work of rank 0 of a job of any size in one process.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from .launch import BenchmarkFailed, Progress
 from .measure import measure_async, measure_load, measure_reshard, measure_save
 from .planning import PlanReport, measure_planning
 from .report import Report
+from .restart import RestartReport, measure_restart
 from .shapes import parse_size
-from .spec import AsyncSpec, DeepSpeedSpec, LoadSpec, PlanSpec, ReshardSpec, SaveSpec
+from .spec import AsyncSpec, DeepSpeedSpec, LoadSpec, PlanSpec, ReshardSpec, RestartSpec, SaveSpec
 
 __all__ = [
     "AsyncReport",
@@ -32,12 +34,15 @@ __all__ = [
     "Progress",
     "Report",
     "ReshardSpec",
+    "RestartReport",
+    "RestartSpec",
     "SaveSpec",
     "measure_async",
     "measure_deepspeed",
     "measure_load",
     "measure_planning",
     "measure_reshard",
+    "measure_restart",
     "measure_save",
     "parse_size",
 ]

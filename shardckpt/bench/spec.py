@@ -113,6 +113,16 @@ class DeepSpeedSpec(SaveSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RestartSpec(SaveSpec):
+    """Restarts of a job that has lost a process."""
+
+    nbytes: int = 600_000_000
+    """Size of the state of all ranks together."""
+    rounds: int = 3
+    """Times that each contestant takes its turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
     """Planning for many ranks, simulated in one process."""
 
