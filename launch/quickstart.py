@@ -152,6 +152,14 @@ def run(leg: Leg, root: Path, options: list[str], log: Path, progress: Progress,
         fail(f"the training job on {leg.ranks} ranks ended with status {status}; the end of {log} is above")
 
 
+def newest_in(root: Path) -> Path:
+    """The newest checkpoint, which the killed job may not have come to print."""
+    committed = [manifest.parent for manifest in root.glob("step-*/manifest.json")]
+    if not committed:
+        fail(f"the killed job has left no checkpoint in {root}")
+    return max(committed)
+
+
 def content_of(checkpoint: Path) -> Content:
     """What ``shardckpt digest`` says of a checkpoint."""
     command = [sys.executable, "-m", "shardckpt", "digest", str(checkpoint), "--json"]
@@ -182,7 +190,7 @@ def train_all(args: argparse.Namespace, work: Path) -> tuple[Leg, list[Leg]]:
                 if leg.resumes:
                     leg.found = content_of(copy_of(leg, work / name))
                 if leg.kill_after:
-                    leg.left = content_of(work / name / f"step-{leg.transfers[-1].step:08d}")
+                    leg.left = content_of(newest_in(work / name))
     return reference, legs
 
 

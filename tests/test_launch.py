@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from launch.quickstart import Content, Leg, compare_content, compare_losses, run
+from launch.quickstart import Content, Leg, compare_content, compare_losses, newest_in, run
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -76,6 +76,15 @@ def test_the_quickstart_proves_what_it_says(tmp_path: Path) -> None:
 
 def leg(ranks: int, first: int, last: int, found: Content | None = None, left: Content | None = None) -> Leg:
     return Leg(ranks=ranks, losses=dict.fromkeys(range(first, last + 1), 2.0), found=found, left=left)
+
+
+def test_the_newest_checkpoint_counts_whatever_was_printed(tmp_path: Path) -> None:
+    for step, name in ((2, "manifest.json"), (10, "manifest.json"), (12, "rank-00000-1f6c2a9e.safetensors")):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / name).touch()
+    assert newest_in(tmp_path).name == "step-00000010"
+    with pytest.raises(SystemExit):
+        newest_in(tmp_path / "step-00000012")
 
 
 def test_a_tensor_that_changed_fails_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:

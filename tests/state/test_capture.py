@@ -204,7 +204,7 @@ REFUSED: list[tuple[Any, str]] = [
     (len, "name"),
     (Config, "name"),
     (object(), "state_dict"),
-    (torch.Generator(), "state_dict"),
+    (torch.Generator(), "get_state"),
     (torch.eye(2).to_sparse(), "indices"),
     (quantized(), "int_repr"),
     (Wrapped(torch.ones(2)), "plain tensors"),
