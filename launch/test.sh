@@ -13,6 +13,8 @@ install_deepspeed
 
 cd "$ROOT"
 PATH="$VENV/bin:$PATH"
+# Tests start hundreds of processes: each would compile the package again where this is set.
+unset PYTHONDONTWRITEBYTECODE
 cores="$(getconf _NPROCESSORS_ONLN)"
 # A test may start up to eight processes of its own, so a worker for every second core keeps a large machine busy.
 workers="${WORKERS:-$((cores > 5 ? cores / 2 : 2))}"
@@ -28,4 +30,5 @@ if [[ -z "${TORCH:-}" ]]; then
     step ruff format --check .
     step mypy
 fi
-step python -m pytest -n "$workers" "$@" </dev/null
+# by stealing, so that no worker is left with several of the long tests when the others are done
+step python -m pytest -n "$workers" --dist worksteal "$@" </dev/null

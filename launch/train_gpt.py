@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train from the newest checkpoint in ``args.root``, or from the start, to ``args.steps``."""
     model, optimizer, scheduler = build(args.seed, args.steps, device)
     windows = windows_of_text()
-    sampler = shardckpt.ElasticSampler(len(windows), global_batch=args.batch, seed=args.seed)
+    sampler = shardckpt.ElasticSampler(len(windows), global_batch=args.batch, seed=args.seed, drop_last=True)
     loader = DataLoader(TensorDataset(windows), batch_sampler=sampler)
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters, {windows.numel():,} bytes of text")
 
@@ -148,7 +148,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     """Read the options, join the other ranks, train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="where the checkpoints are")
+    parser.add_argument("--root", help="where the checkpoints are (default: what `shardckpt run --root` was given)")
     parser.add_argument("--steps", type=int, default=200, help="steps in all (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=12, help="samples per step, of all ranks (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=20, help="steps between saves (default: %(default)s)")

@@ -122,6 +122,9 @@ def raise_fence(store: Store, run: str) -> Fence:
             store.put_if_absent(_mark(digest, generation), b"")
         except AlreadyExists:
             continue
+        if max(_generations(store, digest), default=0) > generation:
+            # others were faster, by more than one number, so this one was free again
+            continue
         for number in older:
             # the newest one speaks for all before it
             store.delete(_mark(digest, number))
@@ -165,13 +168,17 @@ def require_current(store: Store, fence: Fence, step: int, *, published: bool) -
 
 
 def clear_outdated(store: Store, fence: Fence, step: int) -> bool:
-    """Remove a committed step that gives way to this generation's; False when there is none."""
+    """Remove a committed step that gives way to this generation's; False when there is none.
+
+    Raises `Superseded`: what is there may be what a newer generation has resumed from.
+    """
     files, pruner = Root(store).look_at(step), Pruner(store)
     if files.manifest is None:
         return False
     removal = pruner.plan_step(files)
     if removal.attempt is None or not fence.outdates(step, removal.attempt):
         return False
+    require_current(store, fence, step, published=False)
     logger.warning("%s: step %d was committed by an earlier start of this run after this one had begun", store.url, step)
     return pruner.remove(removal)
 

@@ -20,6 +20,7 @@ from .import_ import import_
 from .ls import ls
 from .output import FOUND, USAGE, complain, say
 from .prune import prune
+from .rendezvous import rendezvous
 from .repair import repair
 from .run import Front, run
 from .show import show
@@ -72,6 +73,7 @@ app = typer.Typer(
 for command in (ls, show, verify, repair, digest, diff, prune, doctor):
     app.command()(command)
 app.command(cls=Front, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(run)
+app.command()(rendezvous)
 
 app.add_typer(import_, name="import", help="Read checkpoints of other programs.")
 app.add_typer(export, name="export", help="Write a checkpoint as files of other programs.")

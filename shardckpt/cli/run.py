@@ -42,7 +42,7 @@ def run(
     """Run a script with torchrun: shardckpt run [OPTIONS] [OPTIONS OF TORCHRUN] -- SCRIPT ARGUMENTS
 
     All other options are torchrun's and passed on as they are: --nnodes 1:4, --nproc-per-node, --rdzv-id, --max-restarts and so
-    on. At each start rank 0 prints the step and the number of ranks that it resumes from, and the number it goes on with. The
+    on; with --nnodes MIN:MAX, nodes meet by c10d. At each start rank 0 prints the step and the number of ranks that it resumes from, and the number it goes on with. The
     exit status is that of the script, or 128 and the number of the signal that killed it.
 
     The script finds --root, --timeout and --signal in the environment variables SHARDCKPT_ROOT, SHARDCKPT_TIMEOUT and
@@ -88,6 +88,10 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parsed = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call]
+    fewest, _, most = parsed.nnodes.partition(":")
+    if parsed.rdzv_backend == "static" and most not in ("", fewest):
+        # torchrun's own default waits for all nodes, and takes none in later
+        parsed.rdzv_backend = "c10d"
     try:
         torchrun.run(parsed)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

@@ -38,7 +38,7 @@ from shardckpt.store.directories import Directories
 from shardckpt.store.filesystem import OPERATING_SYSTEM, FileSystem, closing
 from shardckpt.store.local_file import DirectReader, LocalReader, LocalWriter, write_all
 from shardckpt.store.oserror import explained
-from shardckpt.store.publish import NEW_FILE_FLAGS, Publisher
+from shardckpt.store.publish import NEW_FILE_FLAGS, Publisher, claim_of
 
 logger = logging.getLogger("shardckpt")
 
@@ -140,6 +140,8 @@ class LocalStore(Store):
             for found in filter(temporary.match, self._fs.listdir(directory)):
                 with suppress(FileNotFoundError):
                     self._fs.unlink(os.path.join(directory, found))
+            # last: who holds it, and is not dead, has nothing to give the name to by now
+            self._fs.unlink(claim_of(self._path(name)))
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
         directory = self._path(prefix) if prefix else self.url

@@ -5,7 +5,7 @@
 ``<name>.claim.tmp`` with O_EXCL alone may rename the file to its final name, and removes the claim
 afterwards. Whether the name is taken is decided under the claim, so a claim that a killed process left behind
 is harmless once the name exists, and blocks it otherwise: then nobody can tell whether its owner is dead or
-only slow, and a person has to remove it.
+only slow, and a person has to remove it, or a later start of the run does (`shardckpt.fencing`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from shardckpt.errors import AlreadyExists, StoreError
@@ -26,6 +27,11 @@ NEW_FILE_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | o
 NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links answer to one."""
 _POLL_SECONDS: Final = 0.02
+
+
+def claim_of(path: str) -> str:
+    """Name of the claim to a path."""
+    return f"{path}.claim{TEMPORARY_SUFFIX}"
 
 
 class Publisher:
@@ -62,13 +68,14 @@ class Publisher:
         return os.path.samestat(self._fs.lstat(temporary), self._fs.lstat(path))
 
     def _publish_under_claim(self, temporary: str, path: str) -> None:
-        claim = f"{path}.claim{TEMPORARY_SUFFIX}"
+        claim = claim_of(path)
         self._take(claim, path)
         try:
             self._require_free(path)
             self._fs.rename(temporary, path)
         finally:
-            self._fs.unlink(claim)
+            with suppress(FileNotFoundError):
+                self._fs.unlink(claim)
 
     def _take(self, claim: str, path: str) -> None:
         deadline = self._clock() + self._patience

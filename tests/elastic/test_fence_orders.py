@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from shardckpt.errors import AlreadyCommitted, StoreError, Superseded
-from shardckpt.fencing import Fence, raise_fence
+from shardckpt.errors import AlreadyCommitted, Superseded
+from shardckpt.fencing import Fence, clear_outdated, raise_fence
 from shardckpt.finish import Job, _publish_fenced, is_surely_uncommitted
 from shardckpt.manifest import MANIFEST_NAME, rank_file_name, step_directory
 from shardckpt.root import Root
@@ -25,7 +25,7 @@ from shardckpt.store.publish import Publisher
 from shardckpt.validate import parse_manifest
 from tests.engine.simulate import by_hand, invented_receipts, manifest_of
 from tests.engine.waiting import InThread
-from tests.store.faults import FaultyFileSystem, WithoutLinks
+from tests.store.faults import FaultyFileSystem, Killed, WithoutLinks
 
 PATIENCE = 120.0
 RUN, STEP, BEFORE = "job", 100, 90
@@ -83,20 +83,27 @@ class Actor:
         return self._thread.result()
 
 
+def attempt_of(fence: Fence) -> str:
+    """The one attempt of a start."""
+    return f"{fence.stamp}0123456789abcdef"
+
+
+def manifest_by(fence: Fence) -> bytes:
+    """The manifest of what a start saves."""
+    plan = by_hand(1, {})
+    return manifest_of(plan, invented_receipts(plan, attempt_of(fence)), attempt_of(fence))
+
+
 def commit(store: LocalStore, fence: Fence) -> str:
     """Commit step `STEP`, whose files are there; what is said of it."""
-    attempt = f"{fence.stamp}0123456789abcdef"
+    attempt = attempt_of(fence)
     store.put_if_absent(f"{PREFIX}{rank_file_name(0, attempt)}", b"data")
-    plan = by_hand(1, {})
-    data = manifest_of(plan, invented_receipts(plan, attempt), attempt)
+    data = manifest_by(fence)
     job = Job(prefix=PREFIX, step=STEP, attempt=attempt, header=b"", block_size=1, draft=None, fence=fence)
     try:
         _publish_fenced(job, fence, store, data)
     except (Superseded, AlreadyCommitted) as error:
         return "nothing" if is_surely_uncommitted(error) else "unknown"
-    except StoreError as error:
-        assert "another writer has claimed the name" in str(error)
-        return "claimed"
     return "done"
 
 
@@ -154,8 +161,6 @@ def outcomes(folder: Path, kind: type[LocalStore], system: type[FaultyFileSystem
 @pytest.mark.parametrize("system", [FaultyFileSystem, WithoutLinks])
 def test_nothing_is_added_to_what_a_new_start_has_seen(tmp_path: Path, system: type[FaultyFileSystem]) -> None:
     expected = {("done", "100", 1), ("unknown", "100", 1), ("nothing", "90 done", 2)}
-    if system is WithoutLinks:
-        expected.add(("nothing", "90 claimed", 0))
     assert outcomes(tmp_path, LocalStore, system) == expected
 
 
@@ -163,3 +168,55 @@ def test_where_nothing_can_be_revoked_the_new_start_wins(tmp_path: Path) -> None
     """What came too late gives way, although nobody can tell that from what came in time."""
     expected = {("done", "100", 1), ("unknown", "100", 1), ("nothing", "90 done", 2), ("unknown", "90 done", 2)}
     assert outcomes(tmp_path, Unrevoked, FaultyFileSystem) == expected
+
+
+def test_who_is_killed_with_a_claim_blocks_the_next_start_of_nothing(tmp_path: Path) -> None:
+    """Without hard links, between the claim to the manifest's name and the manifest."""
+    trial = WithoutLinks()
+    commit(LocalStore(tmp_path / "trial", trial), a_root(tmp_path / "trial"))
+    calls = [number for number, name in enumerate(trial.names()) if name == "rename"][-1]
+    root = tmp_path / "run"
+    fence = a_root(root)
+    with pytest.raises(Killed):
+        commit(LocalStore(root, WithoutLinks().die_after(calls)), fence)
+    assert (root / PREFIX / f"{MANIFEST_NAME}.claim.tmp").exists()
+    plain = WithoutLinks()
+    assert start_anew(LocalStore(root, plain, Publisher(plain, patience=0.0))) == "90 done"
+    assert generation_of(LocalStore(root)) == 2
+
+
+class Overtaken(LocalStore):
+    """A store in which two other starts begin between the listing of marks and a mark."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.others: list[Fence] = []
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        if name.startswith(".fences/") and not self.others:
+            other = LocalStore(self.url)
+            self.others += [raise_fence(other, RUN), raise_fence(other, RUN)]
+        super().put_if_absent(name, data)
+
+
+def test_a_start_that_was_overtaken_is_the_newest_all_the_same(tmp_path: Path) -> None:
+    """The number that it had in mind is free again, as a newer one has taken its mark away."""
+    store = Overtaken(tmp_path)
+    assert raise_fence(store, RUN).generation == 3
+    assert [fence.generation for fence in store.others] == [1, 2]
+    assert [entry.name[-8:] for entry in store.list(".fences")] == ["00000003"]
+
+
+def test_what_a_newer_start_has_resumed_from_is_not_taken_away_by_one_in_between(tmp_path: Path) -> None:
+    """Where nothing can be revoked: the first start publishes late, the third one goes on from that, the second comes to it."""
+    first = a_root(tmp_path)
+    store = Unrevoked(tmp_path)
+    second = raise_fence(store, RUN)
+    assert second.newest == BEFORE
+    store.put_if_absent(f"{PREFIX}{rank_file_name(0, attempt_of(first))}", b"data")
+    store.put_if_absent(f"{PREFIX}{MANIFEST_NAME}", manifest_by(first))
+    assert raise_fence(store, RUN).newest == STEP
+    with pytest.raises(Superseded):
+        clear_outdated(store, second, STEP)
+    assert commit(store, second) == "nothing"
+    assert generation_of(store) == 1

@@ -78,6 +78,16 @@ def ended(command: list[str], root: Path | None = None) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def test_nodes_that_may_come_later_meet_where_they_can(tmp_path: Path) -> None:
+    """Torchrun's own default would wait for both."""
+    script = tmp_path / "script.py"
+    script.write_text("import os; raise SystemExit(3 if os.environ['WORLD_SIZE'] == '2' else 4)")
+    options = ["--nnodes=1:2", "--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=last_call_timeout=1"]
+    status, output = ended(["shardckpt", "run", *options, "--", str(script)])
+    assert status == 3, output
+    assert "rank 0 ended with status 3" in output or "rank 1 ended with status 3" in output
+
+
 Consumed = dict[tuple[int, int], tuple[set[float], list[int]]]
 
 

@@ -14,18 +14,20 @@ from shardckpt import changes
 
 PATIENCE = 30.0
 """Seconds."""
-_POLL_SECONDS = 0.002
+_LONGEST_PAUSE = 0.05
 
 _Result = TypeVar("_Result")
 
 
 def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
     """Return when ``condition()`` is true; raises `TimeoutError` when it does not become so."""
-    deadline = time.monotonic() + patience
+    begin = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if waited > patience:
             raise TimeoutError(f"not so after {patience:g} s: {condition.__qualname__}")
-        time.sleep(_POLL_SECONDS)
+        # in proportion, as many may wait for long, and looking costs time that others need
+        time.sleep(min(0.001 + waited / 20, _LONGEST_PAUSE))
 
 
 def until_blocked(thread: threading.Thread, function: Callable[..., object]) -> None:

@@ -19,6 +19,7 @@ esac
 """,
     # one task for each node; what they are told by scancel they get from there, srun itself dies of SIGTERM and kills them
     "srun": """
+echo "srun $*"
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
 trap 'kill -KILL "${tasks[@]}"; exit 143' TERM
@@ -35,11 +36,17 @@ for task in "${tasks[@]}"; do
 done
 exit "$worst"
 """,
-    # with --signal it signals the tasks, and not the script
+    # with --signal it signals all processes of the tasks, and not the script
     "scancel": """
 [[ "$1" == --signal=* ]] || exit 64
+signal() {
+    local child
+    for child in $(cat "/proc/$1/task/"*/children); do signal "$child"; done
+    kill -"$SIGNAL" "$1"
+}
+SIGNAL="${1#--signal=}"
 read -ra tasks <"$CLUSTER/tasks"
-kill -"${1#--signal=}" "${tasks[@]}"
+for task in "${tasks[@]}"; do signal "$task"; done
 """,
 }
 
@@ -78,6 +85,11 @@ class Cluster:
             stderr=log,
             text=True,
         )
+
+    def signal(self, name: str) -> None:
+        """Send all processes of the step a signal."""
+        environ = {**os.environ, "CLUSTER": str(self.place)}
+        subprocess.run([self.place / "scancel", f"--signal={name}", "7"], env=environ, check=True, timeout=60)
 
     @property
     def requeued(self) -> list[str]:

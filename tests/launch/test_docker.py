@@ -25,7 +25,8 @@ from tests.launch.test_slurm import ROOT
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 TEXT = DOCKERFILE.read_text()
 COMPOSE = ROOT / "docker" / "compose.yaml"
-NODES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+NODES = {name: service for name, service in SERVICES.items() if name.startswith("node")}
 RULES = (ROOT / ".dockerignore").read_text()
 
 
@@ -76,6 +77,12 @@ def test_all_that_is_copied_reaches_the_builder_and_nothing_else_of_weight() -> 
 
 def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> None:
     assert set(NODES) == {"node0", "node1"}
+    meeting = SERVICES["rendezvous"]
+    assert set(SERVICES) == {"rendezvous", *NODES}
+    # once: two builds of one tag at a time are an error
+    assert [name for name, service in SERVICES.items() if "build" in service] == ["rendezvous"]
+    assert (COMPOSE.parent / meeting["build"]["context"] / meeting["build"]["dockerfile"]).resolve() == DOCKERFILE
+    assert f"ARG {next(iter(meeting['build']['args']))}=" in TEXT
     for name, node in NODES.items():
         command = node["command"]
         options = dict(
@@ -83,7 +90,9 @@ def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> Non
         )
         assert node["hostname"] == name
         assert options["nnodes"] == "1:2"
-        assert options["rdzv-endpoint"].split(":")[0] == "node0"
+        assert options["rdzv-endpoint"] == f"rendezvous:{meeting['command'][-1].removeprefix('--port=')}"
+        assert options["rdzv-conf"] == "is_host=0"
+        assert (node["image"], node["pull_policy"], node["init"]) == (meeting["image"], "never", True)
         assert node["volumes"] == ["checkpoints:/checkpoints"]
         assert options["root"].startswith("/checkpoints/")
         assert node["environment"]["HEALTH_ROOT"] == options["root"]
@@ -91,9 +100,6 @@ def test_compose_starts_two_nodes_that_meet_and_share_their_checkpoints() -> Non
         grace = int(node["stop_grace_period"].removesuffix("s"))
         assert int(node["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
         assert BATCH % (2 * int(options["nproc-per-node"])) == 0
-        build = node["build"]
-        assert (COMPOSE.parent / build["context"] / build["dockerfile"]).resolve() == DOCKERFILE
-        assert f"ARG {next(iter(build['args']))}=" in TEXT
 
 
 def a_free_port() -> int:
@@ -108,18 +114,19 @@ def a_free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
-    """The commands of both nodes, here, with a directory as their volume."""
-    moved = {"/checkpoints": str(tmp_path), "node0:29400": f"127.0.0.1:{a_free_port()}"}
+    """The commands of all services, here, with a directory as their volume."""
+    port = a_free_port()
+    moved = {"/checkpoints": str(tmp_path), "rendezvous:29400": f"127.0.0.1:{port}", "--port=29400": f"--port={port}"}
     directory = tmp_path / "elastic"
     agents = []
     with contextlib.ExitStack() as stack:
-        for name, node in NODES.items():
+        for name, node in SERVICES.items():
             words = node["command"]
             for old, new in moved.items():
                 words = [word.replace(old, new) for word in words]
             environ = {
                 **os.environ,
-                **node["environment"],
+                **node.get("environment", {}),
                 "PET_LOCAL_ADDR": "127.0.0.1",
                 "RES_OPTIONS": "timeout:1 attempts:1",
             }
@@ -129,7 +136,8 @@ def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
             )
             stack.callback(agent.wait, 300)
             stack.callback(agent.terminate)
-            agents.append(agent)
+            if name in NODES:
+                agents.append(agent)
 
         def is_training() -> bool:
             assert not any(agent.poll() for agent in agents), [(tmp_path / name).read_text() for name in NODES]

@@ -30,6 +30,7 @@ FORMS = {
     "mem": r"\d+[KMGT]?",
     "time": r"(\d+-)?\d+(:\d\d){1,2}",
     "requeue": "",
+    "no-kill": "",
     "open-mode": "append|truncate",
     "output": r"\S+",
     "signal": r"[RB]*:?(SIG)?[A-Z]+\d?@\d+",
@@ -76,6 +77,14 @@ def test_the_signal_leaves_time_for_the_save_and_comes_before_the_limit() -> Non
     assert "trap preempt USR1" in TEXT
 
 
+def test_the_example_deals_its_batch_out_to_any_number_of_its_nodes() -> None:
+    found = directives(TEXT)
+    batch = re.search(r"--batch (\d+)", TEXT)
+    assert batch
+    for nodes in range(1, int(found["nodes"]) + 1):
+        assert int(batch[1]) % (nodes * int(found["gpus-per-node"])) == 0
+
+
 def test_one_task_per_node_starts_the_processes_of_all_its_gpus() -> None:
     assert directives(TEXT)["ntasks-per-node"] == "1"
     assert '--nproc-per-node="${SLURM_GPUS_ON_NODE:-1}"' in TEXT
@@ -108,12 +117,13 @@ def job_number() -> str:
     raise AssertionError("no port from 20000 to 30000 is free")
 
 
-def fake_torchrun(cluster: Cluster, body: str) -> None:
-    """Put this in the place of torchrun."""
+def fake_agent(cluster: Cluster, body: str) -> None:
+    """Put this in the place of ``shardckpt run``, and something that only waits in that of ``shardckpt rendezvous``."""
     place = cluster.place / ".venv" / "bin"
     place.mkdir(parents=True)
-    (place / "torchrun").write_text(f"#!/usr/bin/env bash\n{body}")
-    (place / "torchrun").chmod(0o755)
+    meeting = '[[ "$1" == rendezvous ]] && { echo "rendezvous $*"; exec sleep 1000; }'
+    (place / "shardckpt").write_text(f"#!/usr/bin/env bash\n{meeting}\n{body}")
+    (place / "shardckpt").chmod(0o755)
 
 
 def wait_for(file: Path, pattern: str, job: subprocess.Popen[str], count: int = 1) -> None:
@@ -128,14 +138,36 @@ def wait_for(file: Path, pattern: str, job: subprocess.Popen[str], count: int = 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_job_that_ends_by_itself_keeps_its_status_and_is_not_requeued(tmp_path: Path, status: int) -> None:
     cluster = Cluster(tmp_path)
-    fake_torchrun(cluster, f'echo "torchrun $*"; exit {status}')
+    fake_agent(cluster, f'echo "agent $*; $SHARDCKPT_RUN"; exit {status}')
     log = tmp_path / "log"
     with log.open("w") as output:
         job = cluster.start(SCRIPT, ["mine.py", "--lr", "1"], output, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
         assert job.wait(60) == status
     assert cluster.requeued == []
-    for option in ("--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=localhost:20007", "--rdzv-id=7-2", "mine.py --lr 1"):
-        assert log.read_text().count(f" {option}") == 2
+    printed = log.read_text()
+    for option in ("--nnodes=1:2", "--nproc-per-node=1", "--rdzv-id=7-2"):
+        assert len(re.findall(f"^agent run .* {option} ", printed, re.MULTILINE)) == 2
+    # starts of a job that was requeued are starts of one run, of which only the newest may save
+    assert printed.count(" -- mine.py --lr 1; train\n") == 2
+    # at the node of the script, and in no agent: each of their nodes may fail
+    assert printed.count("rendezvous --port 20007\n") == 1
+    assert printed.count(" --rdzv-endpoint=localhost:20007 --rdzv-conf=is_host=0,") == 3
+    assert re.search("^srun .*--no-kill --kill-on-bad-exit=0 ", printed, re.MULTILINE)
+
+
+def test_a_job_whose_processes_slurm_itself_told_to_stop_is_requeued(tmp_path: Path) -> None:
+    """As when it is preempted where slurm.conf does not say send_user_signal: this script hears nothing of it."""
+    cluster = Cluster(tmp_path)
+    fake_agent(cluster, "trap 'exit 143' TERM; echo ready; while :; do sleep 0.05; done")
+    log = tmp_path / "log"
+    log.touch()
+    with log.open("w") as output:
+        job = cluster.start(SCRIPT, ["mine.py"], output, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="64")
+        wait_for(log, "^ready$", job, count=2)
+        cluster.signal("TERM")
+        assert job.wait(60) == 143, log.read_text()
+    assert cluster.requeued == ["7"]
+    assert " --cpus-per-task=64 " in log.read_text()
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, []), (1, ["7"])])
@@ -148,7 +180,7 @@ trap 'while [[ ! -e saved ]]; do sleep 0.05; done; echo saved; exit {status}' TE
 echo "in $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"
 while :; do sleep 0.05; done
 """
-    fake_torchrun(cluster, body)
+    fake_agent(cluster, body)
     log = tmp_path / "log"
     log.touch()
     with log.open("w") as output:
