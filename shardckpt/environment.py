@@ -24,7 +24,7 @@ ROOT, TIMEOUT, SIGNAL = "SHARDCKPT_ROOT", "SHARDCKPT_TIMEOUT", "SHARDCKPT_SIGNAL
 RUN, ANNOUNCE = "SHARDCKPT_RUN", "SHARDCKPT_ANNOUNCE"
 TIMEOUT_SECONDS = 600.0
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
-_NAMELESS = ("", "none")
+NAMELESS = ("", "none")
 """What torchrun calls a run that was given no name."""
 
 
@@ -66,7 +66,7 @@ def parse_signals(text: str, source: str) -> tuple[int, ...]:
 def run_name(environ: Mapping[str, str] = os.environ) -> str | None:
     """The name of the run that this process is of; None when nobody has given it one."""
     name = environ.get(RUN) or environ.get(_TORCHRUN, "")
-    return None if name in _NAMELESS else name
+    return None if name in NAMELESS else name
 
 
 def start_logger(environ: Mapping[str, str] = os.environ) -> logging.Logger:

@@ -61,7 +61,8 @@ def require_joined(environ: Mapping[str, str] = os.environ) -> None:
     if not is_joined and size.isdecimal() and int(size) > 1:
         raise ConfigError(
             f"WORLD_SIZE={size} says that this process is one of several, but torch.distributed is not set up: call "
-            "torch.distributed.init_process_group() before, or unset WORLD_SIZE for a process that saves to a place of its own"
+            "torch.distributed.init_process_group() before. For a process beside the job, which is no rank of it, unset "
+            "WORLD_SIZE, and set SHARDCKPT_RUN=none, so that it is not taken for a new start of the job"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from .errors import (
     IntegrityError,
     InvalidManifest,
     MissingFile,
+    NotShared,
     StoreError,
     TruncatedFile,
     UnsupportedVersion,
@@ -37,6 +39,7 @@ from .options import Options
 from .root import Root
 from .store import Store
 from .targets import Selection
+from .wire import name_ranks
 
 logger = logging.getLogger("shardckpt")
 
@@ -132,6 +135,8 @@ class Restoring:
             finally:
                 self.reading.discard(number)
         if newest is None:
+            if not skipped:
+                self._require_nothing_elsewhere()
             return None
         if isinstance(newest, CheckpointError):
             skipped.sort(reverse=True)
@@ -163,6 +168,25 @@ class Restoring:
             )
         return found
 
+    def _require_nothing_elsewhere(self) -> None:
+        """Raise `NotShared` when other ranks see steps here: else a job whose rank 0 lacks a mount would begin anew."""
+
+        def compare(found: list[bytes]) -> bytes:
+            newest = {rank: steps[0] for rank, packed in enumerate(found) if (steps := msgspec.msgpack.decode(packed))}
+            # what is there for rank 0 by now was saved in between
+            if newest and not Root(self.store).steps():
+                hosts = self.coordinator.hosts
+                raise NotShared(
+                    f"{self.store.url} is empty for rank 0 ({hosts[0]}), and holds step {max(newest.values())} for "
+                    f"{name_ranks(list(newest), hosts)}: the directory is not shared between the hosts. Mount the file system "
+                    "with the checkpoints at this place on each host; to begin anew, name another place",
+                    ranks=list(newest),
+                )
+            return b""
+
+        # by all ranks, which costs next to nothing where there is nothing
+        self.coordinator.round("restore: find nothing", partial(_newest_in, self.store), compare)
+
     def _find_damaged(self, steps: Set[int]) -> dict[int, str]:
         """Those of ``steps`` whose restore has failed before, with the manifest that they have now, and why."""
         failed_restores = FailedRestores(self.store)
@@ -187,6 +211,10 @@ class Restoring:
         """What is restored now was not damaged, or is no longer."""
         if self.coordinator.rank == 0 and selection.keys is None:
             FailedRestores(self.store).forget(step)
+
+
+def _newest_in(store: Store) -> bytes:
+    return msgspec.msgpack.encode(Root(store).steps()[-1:])
 
 
 def is_damage(error: CheckpointError) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from shardckpt.cli.run import handed_over
+from launch.elastic_job import TRAIN as ELASTIC_TRAIN
+from launch.elastic_proof import begun, prove_directory, read_start
+from shardckpt.cli.run import handed_over, name_of_run
 from shardckpt.environment import default_root, default_signals, default_timeout, run_name
 from shardckpt.errors import ConfigError
 from shardckpt.options import Options
 from tests.cli.run import run
 from tests.elastic.train import BATCH, FATAL_STEP, SAMPLES, SAVE_EVERY, STATUS
+from tests.engine.waiting import until
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -50,15 +55,35 @@ def test_wrong_usage() -> None:
     done = run("run", "--signal", "NONSENSE", "--", "train.py")
     assert done.status == 2
     assert "--signal='NONSENSE'" in done.err
+    done = run("run", "--timeout", "-5", "--", "train.py")
+    assert done.status == 2
+    assert "timeout must be a positive, finite number of seconds, got -5.0" in done.err
 
 
 def test_what_the_script_gets_to_see() -> None:
-    assert handed_over(None, None, None) == {"SHARDCKPT_ANNOUNCE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    names = handed_over("run", 30.0, "USR1")
+    always = {"SHARDCKPT_ANNOUNCE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert handed_over(None, None, None, {}) == always
+    names = handed_over("run", 30.0, "USR1", {})
     assert names["SHARDCKPT_ROOT"] == os.path.abspath("run")
-    assert handed_over("s3://bucket/run", None, None)["SHARDCKPT_ROOT"] == "s3://bucket/run"
+    assert handed_over("s3://bucket/run", None, None, {})["SHARDCKPT_ROOT"] == "s3://bucket/run"
     assert (default_timeout(names), default_signals(names)) == (30.0, (signal.SIGUSR1,))
     assert names["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def test_signals_that_the_environment_names_are_passed_on_too() -> None:
+    found = handed_over(None, None, None, {"SHARDCKPT_SIGNAL": "USR2", "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP"})
+    assert found["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGHUP,SIGUSR2"
+    found = handed_over(None, None, "TERM", {"SHARDCKPT_SIGNAL": "USR2"})
+    assert found["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+
+
+def test_starts_of_one_run_have_one_name() -> None:
+    root = {"SHARDCKPT_ROOT": "/ckpts/run42"}
+    assert name_of_run("run42", root) == "run42"
+    assert name_of_run("run42", {**root, "SHARDCKPT_RUN": "mine"}) == "mine"
+    assert name_of_run("none", root) == "run"
+    assert name_of_run("none", {}) == ""
+    assert run_name({"SHARDCKPT_RUN": name_of_run("run42", {**root, "SHARDCKPT_RUN": "none"})}) is None
 
 
 def ended(command: list[str], root: Path | None = None) -> tuple[int, str]:
@@ -86,6 +111,44 @@ def test_nodes_that_may_come_later_meet_where_they_can(tmp_path: Path) -> None:
     status, output = ended(["shardckpt", "run", *options, "--", str(script)])
     assert status == 3, output
     assert "rank 0 ended with status 3" in output or "rank 1 ended with status 3" in output
+
+
+def test_an_agent_that_meets_nobody_says_so_in_one_line() -> None:
+    conf = "--rdzv-conf=is_host=0,read_timeout=1"
+    options = ["--nnodes=1:2", "--rdzv-endpoint=127.0.0.1:9", conf]
+    status, output = ended(["shardckpt", "run", *options, "--", "none.py"])
+    assert status == 1
+    assert "shardckpt: error: this agent cannot meet the others at 127.0.0.1:9: " in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_a_killed_launch_has_left_behind_gives_way_to_the_next_one(tmp_path: Path) -> None:
+    """On one node, where torchrun has a new name for each launch: the script trains on alone, until it comes to a save."""
+    command = [sys.executable, "-m", "shardckpt", "run", f"--root={tmp_path / 'run'}", "--", str(ELASTIC_TRAIN), str(tmp_path)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "output").open("wb") as output:
+        agents: list[subprocess.Popen[bytes]] = []
+        left: list[psutil.Process] = []
+        try:
+            for number in (0, 1):
+                agents.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
+                until(lambda number=number: begun(tmp_path) > number and read_start(tmp_path, number).saved, 250)  # type: ignore[misc]
+                if number == 0:
+                    left = psutil.Process(agents[0].pid).children(recursive=True)
+                    agents[0].kill()
+            assert psutil.wait_procs(left, timeout=120)[1] == []
+            (tmp_path / "stop").touch()
+            assert agents[1].wait(120) == 0
+        finally:
+            for agent in agents:
+                agent.kill()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+    assert "Superseded" in (tmp_path / "output").read_text()
+    assert [start.ranks for start in prove_directory(tmp_path)[0]] == [1, 1]
 
 
 Consumed = dict[tuple[int, int], tuple[set[float], list[int]]]

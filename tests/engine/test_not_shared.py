@@ -99,3 +99,25 @@ def test_no_load_goes_wrong(ranks: RankPool, tmp_path: Path) -> None:
     shutil.rmtree(f"{root}-two")
     shutil.copytree(root, f"{root}-two")
     assert ranks.run(WORLD_SIZE, load_all, str(root), timeout=250) == [1] * WORLD_SIZE
+
+
+def begin_anew_apart(root: str) -> tuple[list[int], str]:
+    """Rank 0 sees an empty directory, where rank 2 sees a step."""
+    with shardckpt.Checkpointer(place_of(root), options=OPTIONS) as ckpt, pytest.raises(NotShared) as caught:
+        ckpt.restore(a_state(0.0))
+    return caught.value.ranks, caught.value.message
+
+
+def begin_anew(root: str) -> bool:
+    with shardckpt.Checkpointer(root, options=OPTIONS) as ckpt:
+        return ckpt.restore(a_state(0.0)) is None
+
+
+def test_no_job_begins_anew_where_others_see_what_it_was_to_go_on_from(ranks: RankPool, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    ranks.run(WORLD_SIZE, save_together, f"{root}-two")
+    for named, message in ranks.run(WORLD_SIZE, begin_anew_apart, str(root)):
+        assert named == [2]
+        assert "run-one is empty for rank 0 (" in message
+        assert "and holds step 1 for rank 2 (" in message
+    assert ranks.run(WORLD_SIZE, begin_anew, f"{root}-three") == [True] * WORLD_SIZE
