@@ -28,12 +28,14 @@ import msgspec
 from .coordinate import Coordinator
 from .diary import LABEL, Answer, Diary, Reason, Verdict, decide
 from .errors import CheckpointerClosed, CoordinationError, RankTimeout
-from .failure import describe
+from .failure import Failure, describe
 from .meeting import GRACE_SECONDS, late_ranks
 from .wire import Store, copy_to_all, fetch, name_ranks, put, wait_for
 
 logger = logging.getLogger("shardckpt")
 
+SIGNAL_SECONDS = 10.0
+"""How long a rank may take to answer when one that is to stop asks. Launchers kill that after 30 s, as torchrun does."""
 # Torch prints a warning when a wait ends without what it waited for.
 _SLEEP_SECONDS = 7 * 86400.0
 _encode = msgspec.msgpack.encode
@@ -73,8 +75,10 @@ class Appointment:
     until somebody asks; a single rank needs neither.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, lost: Callable[[Failure], None] = lambda _: None) -> None:
+        """``lost`` is told, in a thread, when no appointment can be made because ranks do not answer."""
         self._peers = peers
+        self._lost = lost
         self._diary = Diary()
         # The one way to hand something over that a signal handler may take at any moment.
         self._requests: queue.SimpleQueue[Reason | None] = queue.SimpleQueue()
@@ -139,6 +143,11 @@ class Appointment:
                 gone = f"{name_ranks([0], self._peers.hosts)} is gone; rank {self._peers.rank} lost its connection to it"
                 failure = RankTimeout(f"{gone}: {error}", ranks=[0])
             self._diary.give_up(describe(failure))
+            self._tell(describe(failure))
+
+    def _tell(self, failure: Failure | None) -> None:
+        if failure is not None and failure.kind == RankTimeout.__name__ and not self._closing:
+            self._lost(failure)
 
     # --- the thread that asks
 
@@ -176,23 +185,28 @@ class Appointment:
         answer = self._diary.answer()
         copy_to_all(store, [_inbox(rank, 2 * number) for rank in others], _encode(None))
         try:
-            verdict = decide([answer, *self._collect(store, number)])
+            verdict = decide([answer, *self._collect(store, number, self._patience(answer))])
         except CoordinationError as error:
             verdict = Verdict(0, [], describe(error))
         copy_to_all(store, [_inbox(rank, 2 * number + 1) for rank in others], _encode(verdict))
         self._diary.settle(verdict)
+        self._tell(verdict.failure)
 
-    def _collect(self, store: Store, number: int) -> list[Answer]:
+    def _patience(self, answer: Answer) -> float:
+        is_to_stop = any(reason.signum for reason in answer.reasons)
+        return min(SIGNAL_SECONDS, self._peers.timeout) if is_to_stop else self._peers.timeout
+
+    def _collect(self, store: Store, number: int, seconds: float) -> list[Answer]:
         """The answers of all others; raises `RankTimeout` when one does not come, `CoordinationError` when a rank has left."""
         count, keys = f"answers/{number}", [f"answer/{number}/{rank}" for rank in range(1, self._peers.world_size)]
-        deadline = time.monotonic() + self._peers.timeout
+        deadline = time.monotonic() + seconds
         while store.add(count, 0) < len(keys):
             if store.check(["closed"]):
                 left = name_ranks([int(store.get("closed"))], self._peers.hosts)
                 raise CoordinationError(f"{LABEL!r}: {left} has closed its Checkpointer")
             if not wait_for(store, ["bell"], deadline - time.monotonic()):
                 late = [rank for rank, key in enumerate(keys, 1) if not store.check([key])]
-                raise late_ranks(LABEL, late, self._peers.hosts, self._peers.timeout)
+                raise late_ranks(LABEL, late, self._peers.hosts, seconds)
             store.delete_key("bell")
         store.delete_key(count)
         return [msgspec.msgpack.decode(data, type=Answer) for data in fetch(store, keys)]
@@ -219,6 +233,7 @@ class Appointment:
         if verdict is not None:
             self._diary.settle(verdict)
             store.delete_key(key)
+            self._tell(verdict.failure)
             return
         put(store, key, _encode(self._diary.answer()))
         if store.add(f"answers/{number}", 1) == self._peers.world_size - 1:

@@ -171,7 +171,6 @@ class Checkpointer:
 
         Every rank calls it once per training step. It talks to no other rank, except in the step in which a save becomes
         due by time or signal: then it waits some milliseconds, and the answer is yes in that step or the next one.
-
         Raises `ConfigError` when there is neither a schedule nor `on_signal`, and `RankTimeout` with the ranks that are gone.
         """
         self._require_open()
@@ -184,12 +183,13 @@ class Checkpointer:
 
         All ranks agree on a step; in it `should_save` is true, `save` blocks until the checkpoint is durable, and then it
         raises `SystemExit` on every rank with ``exit_status``, by default 128 + the signal's number. When that save fails,
-        it raises the error instead. Not with ``leave=False``: then look at `preempted` and leave in your own way. Further
-        signals change nothing; `close` puts back what handled them before.
+        it raises the error instead; when ranks are gone, it leaves without after 12 s, wherever training is. Not with
+        ``leave=False``: look at `preempted` then, and leave in your own way. Further signals change nothing; `close` puts
+        back what handled them before.
 
-        Call it on every rank, in the main thread; `ConfigError` otherwise. ``torchrun`` passes SIGTERM on to its workers'
-        process groups and kills what is left after 30 s, so steps and saves have to be shorter than that. Processes of
-        data loaders are in these groups; those that are forked after this call live on until their parent ends them.
+        Call it on every rank, in the main thread; `ConfigError` otherwise. ``torchrun`` passes SIGTERM on to process groups and
+        kills what is left after 30 s, so a step and a save have to be shorter. Processes of data loaders are in these groups;
+        those that are forked after this call live on until their parent ends them.
         """
         self._require_open()
         self._policy.on_signal(signals or default_signals(), exit_status, leave)

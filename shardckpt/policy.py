@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 from .appointment import Appointment, Peers
 from .diary import Reason
 from .errors import ConfigError
+from .failure import Failure
 from .options import Schedule
 from .pacing import Pacer, Save
 from .preemption import Signals, check_signals
 
 logger = logging.getLogger("shardckpt")
+
+_LAST_SECONDS = 2.0
+"""For training to end by itself, when it cannot save any more and is told to stop."""
 
 
 class SavePolicy:
@@ -24,11 +30,13 @@ class SavePolicy:
         self._schedule = schedule
         self._peers = peers
         # Steps need no talk; rank 0's clock is everybody's.
-        self._appointment = Appointment(peers) if schedule.timed else None
+        self._appointment = Appointment(peers, self._leave_without) if schedule.timed else None
         self._pacer = Pacer(schedule, clock) if schedule.timed and peers.rank == 0 else None
         self._signals = Signals(self._hear)
         self._statuses: dict[int, int | None] = {}
         self._preemption: Reason | None = None
+        self._heard: int | None = None
+        self._closed = threading.Event()
 
     @property
     def preempted(self) -> bool:
@@ -63,7 +71,7 @@ class SavePolicy:
                 f"exit_status={exit_status!r} is not an int from 0 to 255 (or None, for 128 + the signal's number)"
             )
         if self._appointment is None:
-            self._appointment = Appointment(self._peers)
+            self._appointment = Appointment(self._peers, self._leave_without)
         for signum in signals:
             self._statuses[signum] = (128 + signum if exit_status is None else exit_status) if leave else None
         self._signals.install(signals)
@@ -78,6 +86,7 @@ class SavePolicy:
 
     def close(self) -> None:
         """Take no part any more. A process that leaves stays deaf to signals, so that its exit status is the promised one."""
+        self._closed.set()
         if self._exit_status is None:
             self._signals.restore()
         if self._appointment is not None:
@@ -102,5 +111,16 @@ class SavePolicy:
             logger.log(level, "saving step %d: %s", step, "; ".join(map(str, reasons)))
 
     def _hear(self, signum: int) -> None:
+        self._heard = signum
         if self._appointment is not None:
             self._appointment.request(f"signal {signum}", signum)
+
+    def _leave_without(self, failure: Failure) -> None:
+        """End a process that was told to stop, when there can be no last save: others are gone, so that training most likely
+        waits for them, and for ever. Without a handler, the signal would have ended it long before.
+        """
+        status = None if self._heard is None else self._statuses.get(self._heard)
+        if status is None or self._closed.wait(_LAST_SECONDS):
+            return
+        logger.error("signal %d: there is no last save, as not all ranks can be asked for it: %s", self._heard, failure.message)
+        os._exit(status)

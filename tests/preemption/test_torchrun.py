@@ -125,6 +125,21 @@ def test_a_signal_to_torchrun_ends_all_at_one_step(root: Path, ranks: int, worke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_can_save_no_more_as_another_is_gone_do_not_wait_to_be_killed(root: Path, ranks: int) -> None:
+    """Torchrun sends them SIGTERM when one has died, and SIGKILL after 30 s; only then could it start them again."""
+    job = Job(ranks, root, "--hang-at=5")
+    for _ in range(ranks - 1):
+        job.read_until(r"rank \d hangs$")
+    os.kill(job.pids[1], signal.SIGKILL)
+    statuses = job.end()
+    assert statuses == {rank: 128 + (signal.SIGKILL if rank == 1 else signal.SIGTERM) for rank in range(ranks)}, job.log
+    assert "signal 15: there is no last save, as not all ranks can be asked for it: " in job.log
+    assert "rank 1 (" in job.log
+    assert committed(root) == []
+
+
+@pytest.mark.slow
 def test_ranks_of_unequal_speed_save_the_same_steps_by_the_clock(root: Path) -> None:
     job = Job(4, root, "--every-seconds=0.5", "--steps=150", "--pause=0.005")
     assert job.end() == dict.fromkeys(range(4), 0), job.log

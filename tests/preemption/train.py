@@ -43,6 +43,10 @@ def train(args: argparse.Namespace) -> None:
         say(f"rank {rank} begins at {first}, pid {os.getpid()}")
         for step, (batch,) in zip(range(first, args.steps + 1), loader, strict=False):
             time.sleep(args.pause * (rank + 1))
+            if step == args.hang_at and rank != 1:
+                # as in a collective of which one rank is gone
+                say(f"rank {rank} hangs")
+                time.sleep(DEADLINE)
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()
@@ -59,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SAMPLES)
     parser.add_argument("--pause", type=float, default=0.003)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--hang-at", type=int)
     parser.add_argument("--every-seconds", type=float)
     args = parser.parse_args()
     # A rank that hangs says where, and ends the job.
