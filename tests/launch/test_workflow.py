@@ -94,11 +94,13 @@ def test_each_python_meets_the_oldest_and_the_newest_torch() -> None:
         assert JOBS[job]["env"] == {"TORCH": "${{ matrix.torch }}"}
         (python,) = [step["with"] for step in JOBS[job]["steps"] if "setup-python" in step.get("uses", "")]
         assert python["python-version"] == "${{ matrix.python }}"
+        (cache,) = [step["with"] for step in JOBS[job]["steps"] if "cache" in step.get("uses", "")]
+        assert "${{ matrix.python }}-${{ matrix.torch }}-" in cache["key"]
 
 
 def test_nothing_of_the_workflow_can_write_or_floats() -> None:
     assert yaml.safe_load(TEXT)["permissions"] == {"contents": "read"}
     used = [step["uses"] for job in JOBS.values() for step in job["steps"] if "uses" in step]
-    assert len(used) == 7
+    assert len(used) == 9
     for action in used:
         assert re.fullmatch(r"actions/[a-z-]+@v\d+|docker://[\w/]+:[\d.]+@sha256:[0-9a-f]{64}", action), action
