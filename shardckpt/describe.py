@@ -7,7 +7,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -16,16 +16,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate as DReplicate
-from torch.distributed.tensor import Shard as DShard
-from torch.distributed.tensor.placement_types import Placement as DPlacement
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import is_lazy
 
 from .adapters.dtypes import as_bits, is_storable
+from .adapters.loaded import is_async_tensor, is_dtensor
 from .errors import StateError, UnsupportedLeaf
 from .layout import (
     BoxLayout,
@@ -43,6 +38,10 @@ from .layout import (
     StridedShard,
 )
 from .ravel import flat_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement as DPlacement
 
 _SAMPLES = 64
 _LARGEST_BITS = 8
@@ -127,7 +126,7 @@ def describe(leaf: Any, path: str, rank: int, *, per_rank: bool = False) -> Plac
     """
     if per_rank:
         return _describe_per_rank(leaf, path)
-    if isinstance(leaf, DTensor):
+    if is_dtensor(leaf):
         placed = _describe_dtensor(leaf, path)
     elif isinstance(leaf, Placed):
         placed = Placed(local_data(leaf.data, path), leaf.layout, leaf.stored)
@@ -156,7 +155,7 @@ def local_data(tensor: torch.Tensor, path: str) -> torch.Tensor:
     """A plain tensor on the same memory; UnsupportedLeaf, with advice, when there is none."""
     if is_lazy(tensor):
         raise _refuse(path, "an uninitialized lazy parameter", "Run the model once before saving or loading.")
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         # to_local() of one that requires grad makes a view, and a context to go without costs more than all else here
         tensor = tensor._local_tensor
     data = tensor.detach()
@@ -197,7 +196,7 @@ def _replicated(shape: torch.Size) -> Replicated:
 
 def _unwrap_subclass(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside of a subclass that only adds behaviour to it; any other subclass as it is."""
-    if isinstance(tensor, AsyncCollectiveTensor):
+    if is_async_tensor(tensor):
         waited: torch.Tensor = tensor.wait()
         return waited
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -224,7 +223,7 @@ def _refuse(path: str, what: str, advice: str) -> UnsupportedLeaf:
 
 
 def _describe_per_rank(leaf: Any, path: str) -> Placed:
-    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DTensor):
+    if not isinstance(leaf, torch.Tensor) or is_dtensor(leaf):
         raise _refuse(
             path,
             f"a {type(leaf).__name__} inside PerRank",
@@ -281,6 +280,10 @@ _MESHES: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
 
 def convert_placement(placement: DPlacement, path: str) -> Placement:
     """A DTensor placement as pure data."""
+    from torch.distributed.tensor import Replicate as DReplicate
+    from torch.distributed.tensor import Shard as DShard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     if isinstance(placement, _StridedShard):  # before Shard, of which it is a subclass in older versions of torch
         factor = int(placement.split_factor)
         return Shard(placement.dim) if factor == 1 else StridedShard(placement.dim, factor)

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapters.base import PerRank
+from .adapters.loaded import is_dtensor
 from .adapters.owners import PartitionedModel, PartitionedOptimizer
 
 logger = logging.getLogger("shardckpt")
@@ -126,7 +126,7 @@ def _tensors(optimizer: Optimizer | PartitionedOptimizer) -> Iterator[torch.Tens
 
 def _memories(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """The plain tensors that ``tensor`` (a DTensor, for one) consists of, as far as they have memory."""
-    if type(tensor) is DTensor:
+    if is_dtensor(tensor):
         tensor = tensor._local_tensor
     if type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..errors import StateError
 from ..tree import StoredTensor, split
 from .dtypes import dtype_named
+from .loaded import is_dtensor
 
 
 class StateAllocator:
@@ -39,7 +39,7 @@ class StateAllocator:
         if shape == ():
             on_device = keys[-1:] != ["step"] or self._group.get("fused") or self._group.get("capturable")
             return torch.empty((), dtype=dtype, device=param.device if on_device else "cpu")
-        if not isinstance(param, DTensor):
+        if not is_dtensor(param):
             return torch.empty(shape, dtype=dtype, device=param.device)
         return self._from_own_state(name, keys, shape, dtype)
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from ..describe import Placed, Whereabouts
 from ..layout import FlatLayout, Replicated
-from .wrappers import NameCleaner, Slot, is_fsdp1
+from .loaded import is_fsdp1
+from .wrappers import NameCleaner, Slot
 
 
 def entries(root: nn.Module, path: str, here: Whereabouts) -> Iterator[tuple[str, str, Any]]:

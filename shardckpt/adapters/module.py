@@ -16,9 +16,10 @@ from ..errors import DuplicateName
 from . import fsdp1
 from .adapter import Adapter
 from .base import Finish, Nothing, below
+from .loaded import is_fsdp1
 from .opening import Opening
 from .saving import Saving
-from .wrappers import NameCleaner, is_fsdp1, unwrap
+from .wrappers import NameCleaner, unwrap
 
 EXTRA_STATE = "_extra_state"
 

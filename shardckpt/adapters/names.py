@@ -14,8 +14,9 @@ from torch import nn
 from ..errors import DuplicateName, StateError
 from .base import PerRank
 from .fsdp1 import parameter_slots
+from .loaded import is_fsdp1
 from .owners import SlotOwner
-from .wrappers import NameCleaner, Slot, is_fsdp1, reshard, strip_wrappers, unwrap
+from .wrappers import NameCleaner, Slot, reshard, strip_wrappers, unwrap
 
 
 def find(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module | torch.Tensor | SlotOwner]]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..describe import Placed
 from ..errors import ConfigError, DtypeMismatch, DuplicateName, MissingNames, StateError
@@ -18,10 +16,11 @@ from ..tree import split
 from .adapter import Adapter
 from .base import Finish, Nothing, below
 from .dtypes import dtype_name, dtype_named
+from .loaded import is_dtensor, is_fsdp1, is_fsdp2
 from .module import entries, hand_over, is_extra_state
 from .opening import Opening
 from .saving import Saving
-from .wrappers import is_fsdp1, unwrap
+from .wrappers import unwrap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +90,7 @@ class _Places:
         self._root = unwrap(weights.module)
         self._tensors = [*self._root.parameters(), *self._root.buffers()]
         self._own = {id(tensor) for tensor in self._tensors}
-        meshes = [tensor.device_mesh for tensor in self._tensors if isinstance(tensor, DTensor)]
+        meshes = [tensor.device_mesh for tensor in self._tensors if is_dtensor(tensor)]
         self._fallback = torch.device(meshes[0].device_type if meshes else "cpu")
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.filled: set[int] = set()
@@ -101,7 +100,7 @@ class _Places:
             raise ConfigError(
                 f"device={str(device)!r}: the model is cut up over a mesh of {meshes[0].device_type} devices; leave device out"
             )
-        if any(is_fsdp1(module) or isinstance(module, FSDPModule) for module in self._root.modules()):
+        if any(is_fsdp1(module) or is_fsdp2(module) for module in self._root.modules()):
             self._require_in_place()
 
     @property

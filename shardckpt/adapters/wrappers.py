@@ -8,10 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
 
 from ..layout import FlatLayout, Replicated
+from .loaded import is_fsdp1, is_fsdp2
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Parts of names that torch.compile, activation checkpointing and FSDP1 add."""
@@ -33,11 +32,6 @@ class Slot:
     """In a flat parameter: whether this rank takes part in saving it, as the first of the replicas does."""
 
 
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether ``module`` is a FullyShardedDataParallel wrapper."""
-    return isinstance(module, FullyShardedDataParallel)
-
-
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of DDP, DataParallel and torch.compile wrappers."""
     while True:
@@ -52,9 +46,11 @@ def unwrap(module: nn.Module) -> nn.Module:
 def reshard(root: nn.Module) -> None:
     """Free parameters that FSDP holds gathered at the moment, as its own state_dict does."""
     for module in root.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp2(module):
             module.reshard()
         elif is_fsdp1(module):
+            from torch.distributed.fsdp._runtime_utils import _reshard
+
             handle: Any = module._handle
             # before the first forward pass there is no buffer for gathered parameters yet
             if handle is not None and hasattr(handle.flat_param, "_full_param_padded") and not handle.needs_unshard():
