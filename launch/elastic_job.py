@@ -19,7 +19,7 @@ from launch.elastic_proof import ROOT, begun, read_start
 TRAIN = Path(__file__).with_name("elastic_train.py")
 HOST = "127.0.0.1"
 # The others take a node for dead after 15 s without a sign of life, and wait 4 s for more nodes when they have met.
-RENDEZVOUS = "is_host=0,join_timeout=300,last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=15"
+RENDEZVOUS = "is_host=0,join_timeout=900,last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=15"
 SAVE_SECONDS = 15
 """How long ranks wait in a save for one that was killed."""
 PATIENCE = 600.0

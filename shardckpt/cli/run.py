@@ -130,6 +130,6 @@ def launch(arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
-        complain(f"this agent cannot meet the others at {parsed.rdzv_endpoint or 'this host'}: {error}")
+        complain(f"this agent cannot meet the others at {parsed.rdzv_endpoint or 'this host'}: {str(error) or type(error).__name__}")
         return FOUND
     return 0

@@ -20,13 +20,6 @@ from tests.nodes.network import SWITCH, Network, Space
 PATIENCE = 250.0
 """Seconds; only a broken engine or launcher uses them up."""
 _PORT = 29400
-_MEETING = f"""
-import sys
-from datetime import timedelta
-from torch.distributed import TCPStore
-store = TCPStore("0.0.0.0", {_PORT}, is_master=True, timeout=timedelta(seconds=600), wait_for_workers=False)
-sys.stdin.read()
-"""
 
 
 class Launcher:
@@ -36,9 +29,9 @@ class Launcher:
         self.network = network
         self._directory = directory
         self._output: IO[bytes] = (directory / "output").open("ab")
-        # at the switch, as a job's head node or etcd would be: no host is needed by the others' agents
-        command = self.network.switch.inside(sys.executable, "-c", _MEETING)
-        self._meeting = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._output, stderr=self._output)
+        # at the switch, as on a job's head node: no host is needed by the others' agents
+        command = [sys.executable, "-m", "shardckpt", "rendezvous", f"--port={_PORT}"]
+        self._meeting = network.switch.start(*command, log=self._output)
 
     def start(
         self,
@@ -52,7 +45,7 @@ class Launcher:
         conf: Mapping[str, object] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start the agent of one host."""
-        settings = ",".join(f"{key}={value}" for key, value in {"is_host": 0, "join_timeout": 300, **(conf or {})}.items())
+        settings = ",".join(f"{key}={value}" for key, value in {"is_host": 0, "join_timeout": 900, **(conf or {})}.items())
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={workers}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={SWITCH}:{_PORT}", f"--rdzv-conf={settings}"]
         command += [f"--rdzv-id={job}", f"--max-restarts={restarts}", str(script), *arguments]
@@ -70,7 +63,7 @@ class Launcher:
     def close(self) -> None:
         """No more agents."""
         self._meeting.kill()
-        self._meeting.communicate()
+        self._meeting.wait()
         self._output.close()
 
 
