@@ -130,6 +130,7 @@ def launch(arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
-        complain(f"this agent cannot meet the others at {parsed.rdzv_endpoint or 'this host'}: {str(error) or type(error).__name__}")
+        why = str(error) or type(error).__name__
+        complain(f"this agent cannot meet the others at {parsed.rdzv_endpoint or 'this host'}: {why}")
         return FOUND
     return 0

@@ -35,6 +35,7 @@ class Build:
     skip: str = r"(?!)"
     """RUN instructions that match are left out."""
     cwd: Path = Path("/")
+    user: str = "0"
     command: list[str] = field(default_factory=list)
     healthcheck: list[str] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
@@ -63,14 +64,22 @@ class Build:
             known = _VARIABLE.sub(lambda found: self.environ.get(found[1] or found[2], ""), self.place(value))
             self.environ[name] = known
 
+    def outside(self, path: Path) -> Path:
+        """Where a path of the image is."""
+        return path
+
+    def start(self, *command: str | Path) -> list[str]:
+        """What carries out a command of the image."""
+        return [*map(str, command)]
+
     def _workdir(self, rest: str) -> None:
         self.cwd = Path(self.place(rest))
-        self.cwd.mkdir(parents=True, exist_ok=True)
+        self.outside(self.cwd).mkdir(parents=True, exist_ok=True)
 
     def _copy(self, rest: str) -> None:
         *sources, target = shlex.split(rest)
         for source in sources:
-            origin, goal = self.context / source, self.cwd / self.place(target)
+            origin, goal = self.context / source, self.outside(self.cwd / self.place(target))
             if origin.is_dir():
                 shutil.copytree(origin, goal, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
             else:
@@ -81,10 +90,11 @@ class Build:
     def _run(self, rest: str) -> None:
         if not re.search(self.skip, rest):
             self.ran.append(rest)
-            subprocess.run(["sh", "-c", self.place(rest)], cwd=self.cwd, env=self.environ, check=True, stdin=subprocess.DEVNULL)
+            command = self.start("sh", "-c", self.place(rest))
+            subprocess.run(command, cwd=self.outside(self.cwd), env=self.environ, check=True, stdin=subprocess.DEVNULL)
 
     def _user(self, rest: str) -> None:
-        assert rest not in ("0", "root")
+        self.user = rest
 
     def _volume(self, rest: str) -> None:
         assert rest.startswith("/")
@@ -94,6 +104,30 @@ class Build:
 
     def _cmd(self, rest: str) -> None:
         self.command = json.loads(rest)
+
+
+@dataclass
+class InRoot(Build):
+    """One in a root directory that looks as the base image does; its commands run as the users that the Dockerfile says.
+
+    Each has mounts of its own, of which nothing is left: ``/proc``, ``/dev``, and ``shared``, directories of this machine.
+    """
+
+    root: Path = field(kw_only=True)
+    shared: tuple[Path, ...] = ()
+
+    def outside(self, path: Path) -> Path:
+        return self.root / path.relative_to("/")
+
+    def start(self, *command: str | Path) -> list[str]:
+        mounts = [f"mount -t proc proc {self.root}/proc", f"mount --rbind /dev {self.root}/dev"]
+        for place in self.shared:
+            self.outside(place).mkdir(parents=True, exist_ok=True)
+            mounts.append(f"mount --bind {place} {self.outside(place)}")
+        user = f"--userspec={self.user}:{self.user}"
+        inside = f'cd {self.cwd} && exec "$@"'
+        last = f'exec chroot {user} {self.root} sh -c {shlex.quote(inside)} sh "$@"'
+        return ["unshare", "--mount", "sh", "-c", " && ".join([*mounts, last]), "sh", *map(str, command)]
 
 
 def ignored(name: str, rules: str) -> bool:

@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import yaml
 from launch.elastic_proof import prove_directory, read
 from launch.elastic_train import BATCH
 from tests.engine.waiting import until
-from tests.launch.dockerfile import Build, ignored, parse
+from tests.launch.dockerfile import Build, InRoot, ignored, parse
 from tests.launch.test_slurm import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -164,6 +166,27 @@ def test_healthy_is_who_has_saved_lately(tmp_path: Path, age: int | None, status
     assert subprocess.run(command, env={**environ, "HEALTH_ROOT": ""}, timeout=60).returncode == 0
 
 
+def require_that_it_trains(build: Build, root: str) -> None:
+    """The default command, a training of two steps and the healthcheck, as a container would run them."""
+    assert len(build.ran) == sum(word == "RUN" and not re.search(build.skip, rest) for word, rest in parse(TEXT))
+    environ = {**build.environ, "HEALTH_ROOT": root}
+
+    def inside(*words: str) -> subprocess.CompletedProcess[str]:
+        command = build.start(*words)
+        return subprocess.run(command, cwd=build.outside(build.cwd), env=environ, timeout=300, capture_output=True, text=True)
+
+    checked = inside(*build.command, "--json")
+    found = json.loads(checked.stdout or checked.stderr)
+    pinned = re.search(r"^torch==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert found["checks"][0]["values"]["torch"].split("+")[0] == pinned[1]
+    options = ["--root", root, "--steps=2", "--save-every=1"]
+    done = inside("torchrun", "--standalone", "--nproc-per-node=1", "launch/train_gpt.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "saved step 2" in done.stdout
+    assert inside(*build.healthcheck).returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_steps_of_the_image_install_what_trains(tmp_path: Path) -> None:
@@ -172,19 +195,37 @@ def test_the_steps_of_the_image_install_what_trains(tmp_path: Path) -> None:
     # bytecode would only be compiled for one start
     build = Build(ROOT, moved, {**os.environ, "PIP_NO_COMPILE": "1"}, skip="^useradd")
     build.carry_out(TEXT)
-    assert len(build.ran) == 2
-    root = tmp_path / "run"
-    environ = {**build.environ, "HEALTH_ROOT": str(root)}
+    require_that_it_trains(build, f"{tmp_path}/checkpoints/run")
 
-    def inside(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=build.cwd, env=environ, timeout=300, capture_output=True, text=True)
 
-    found = json.loads(inside(*build.command, "--json").stdout)
-    pinned = re.search(r"^torch==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned
-    assert found["checks"][0]["values"]["torch"].split("+")[0] == pinned[1]
-    options = ["--root", str(root), "--steps=2", "--save-every=1"]
-    done = inside("torchrun", "--standalone", "--nproc-per-node=1", "launch/train_gpt.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "saved step 2" in done.stdout
-    assert inside(*build.healthcheck).returncode == 0
+def debian(place: Path) -> Path:
+    """A root directory with Debian and its Python, as far as the base image has it; skips where there can be none."""
+    missing = [tool for tool in ("debootstrap", "unshare", "chroot") if shutil.which(tool) is None]
+    if missing or os.geteuid() != 0 or sysconfig.get_python_version() != "3.11":
+        pytest.skip(f"needs root, Python 3.11, and {' and '.join(missing or ['debootstrap'])}")
+    release = dict(parse(TEXT))["FROM"].rpartition("-")[2]
+    packages = "--include=python3,python3-venv,ca-certificates"
+    done = subprocess.run(["debootstrap", "--variant=minbase", packages, release, place], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"debootstrap cannot make a root directory here: {(done.stdout + done.stderr)[-500:]}")
+    (place / "etc" / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_steps_of_the_image_are_right_in_a_root_directory_of_their_own(tmp_path: Path) -> None:
+    """All of them, and as the users that the Dockerfile says; packages are fetched beside it."""
+    root, wheels = debian(tmp_path / "root"), tmp_path / "wheels"
+    tmp_path.chmod(0o755)
+    wanted = ["torch", "numpy", f"{ROOT}[cloud,demo]", "setuptools>=77"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", f"--dest={wheels}"]
+    subprocess.run([*pip, f"--constraint={ROOT}/launch/constraints.txt", *wanted], check=True)
+    environ = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", "PIP_NO_COMPILE": "1"}
+    environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    build = InRoot(ROOT, {}, environ, root=root, shared=(wheels,))
+    build.carry_out(TEXT)
+    assert (build.user, (root / "checkpoints").stat().st_uid) == ("1000", 1000)
+    build.environ["HOME"] = "/home/train"
+    require_that_it_trains(build, "/checkpoints/run")
+    assert {path.stat().st_uid for path in (root / "checkpoints").rglob("*")} == {1000}
