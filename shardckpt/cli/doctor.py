@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardckpt.errors import ConfigError
 from shardckpt.store import open_store
 
 from .arguments import AsJson
@@ -61,12 +65,43 @@ def doctor(
 
     # what is no place and no endpoint at all is a mistake of who typed it, not of the machine
     if root is not None:
-        open_store(root)
+        _require_place(root)
     if endpoint is not None:
         parse_endpoint(endpoint)
     # what stores would log is among the findings
     logging.getLogger("shardckpt").addHandler(_SILENCE)
-    report(examine(Machine.with_environment(root=root, endpoint=endpoint, ranks_per_node=ranks_per_node)), as_json)
+    with unwound_by_signals():
+        diagnosis = examine(Machine.with_environment(root=root, endpoint=endpoint, ranks_per_node=ranks_per_node))
+    report(diagnosis, as_json)
+
+
+def _require_place(root: str) -> None:
+    try:
+        open_store(root)
+    except ConfigError as error:
+        # with a cause it is what the machine lacks
+        if error.__cause__ is None:
+            raise
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an error does, so that what it has written is removed; not where they are ignored
+    or handled already."""
+
+    def end(number: int, _frame: object) -> None:
+        for seen in taken:
+            signal.signal(seen, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def report(diagnosis: Diagnosis, as_json: bool) -> None:
@@ -99,7 +134,8 @@ def _row(gpu: GPU) -> tuple[str, ...]:
 
     limit = None if gpu.max_link is None else gpu.max_link.bytes_per_second
     known = (
-        gpu.index,
+        # one that torch may not use has no number
+        gpu.bus_id if gpu.index is None else gpu.index,
         gpu.name,
         gpu.numa_node,
         ranges(gpu.cpus) or None,

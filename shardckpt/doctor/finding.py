@@ -29,8 +29,8 @@ class Finding:
 
 
 def refusal(check: str, error: CheckpointError) -> Finding:
-    """A problem, as an error tells of it: what comes after the last semicolon of its message is what to do."""
-    text, _, remedy = error.message.rpartition("; ")
+    """A problem, as an error tells of it: what comes last in its message, after a semicolon or a full stop, is what to do."""
+    text, _, remedy = error.message.rpartition("; " if "; " in error.message else ". ")
     values = {"error": type(error).__name__}
     if not text:
         return Finding(check, "problem", remedy, "put right what it says, and look again", values)

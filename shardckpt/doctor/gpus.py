@@ -6,68 +6,122 @@ from __future__ import annotations
 from collections.abc import Iterator
 from time import perf_counter
 
-from ..gpu import GPU
-from .finding import Finding, gigabytes
-from .machine import Machine
+from ..gpu import GPU, Failure
+from .finding import Finding, Status, gigabytes
+from .machine import Machine, reason_of
 
 _LITTLE_MEMORY = 1 << 30
 _SLOW_SHARE = 0.6
 """Of the link's limit; packet headers leave about 0.85 to 0.9 of it to data."""
 
+_LOOK = "see what nvidia-smi says, and the kernel (dmesg, lines with NVRM and Xid); reset the GPU or restart the node"
+_REMEDIES = {
+    "LibraryNotFound": "install the NVIDIA driver, or let the container have it and its management library: "
+    "docker run --gpus all, NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    "NoPermission": "let this user, job or container use the GPUs: docker run --gpus all, --gres of the job, permissions of "
+    "/dev/nvidia*",
+    "DriverNotLoaded": "load the kernel module (modprobe nvidia); if it does not load, dmesg says why: it was not built for "
+    "this kernel, or not signed for Secure Boot",
+    "LibRmVersionMismatch": "the driver was updated while its old kernel module was in use: restart the node, or unload and "
+    "load the module; in a container, take out the driver's libraries that are in its image",
+    "GpuIsLost": "restart the node; if the GPU is lost again, have it, its power and its slot looked at (dmesg, Xid 79)",
+}
+"""By the name of the driver's error."""
+
 
 def check_gpus(machine: Machine) -> Iterator[Finding]:
-    """Whether torch can use the GPUs that are here, and what they are tells the driver."""
-    gpus = machine.gpus
-    if machine.cuda.is_available():
-        if machine.nvml.missing is None:
-            yield Finding("gpus", "ok", f"{len(gpus)} usable", values={"usable": len(gpus)})
-        else:
-            yield Finding(
-                "gpus",
-                "warning",
-                f"{len(gpus)} usable, of which little is known ({machine.nvml.missing}): memory errors go unnoticed",
-                "let the container have the driver's management library: NVIDIA_DRIVER_CAPABILITIES=compute,utility",
-                {"usable": len(gpus)},
-            )
-    elif not gpus:
-        yield Finding("gpus", "ok", "none here; saves stage tensors of the CPU", values={"usable": 0})
-    elif machine.cuda_version is None:
-        yield Finding(
-            "gpus",
-            "warning",
-            f"{len(gpus)} here, and this torch was built without CUDA",
-            "install a build of torch with CUDA to use them (pytorch.org/get-started)",
-            {"usable": 0},
-        )
+    """Whether torch and the driver can use the GPUs that are here."""
+    usable = [gpu for gpu in machine.gpus if gpu.index is not None]
+    if not usable:
+        yield _unusable(machine)
+    elif machine.nvml.failure is None:
+        yield Finding("gpus", "ok", f"{len(usable)} usable", values={"usable": len(usable)})
     else:
-        yield Finding(
-            "gpus",
-            "problem",
-            f"{len(gpus)} here, and torch can use none of them",
-            f"see what torch.cuda.init() raises: a driver too old for CUDA {machine.cuda_version}, or a CUDA_VISIBLE_DEVICES "
-            "that names none of them",
-            {"usable": 0},
-        )
+        text = f"{len(usable)} usable, of which little is known ({machine.nvml.missing}): memory errors go unnoticed"
+        yield Finding("gpus", "warning", text, _remedy(machine.nvml.failure), {"usable": len(usable)})
+    for index, reason in machine.refused.items():
+        yield Finding(f"gpu {index}", "problem", f"CUDA cannot use it: {reason}", _LOOK, {"index": index})
+    for reply in machine.nvml.roll_call():
+        # what a job or container was not given is none of its business
+        if reply.failure is not None and not reply.failure.is_refusal:
+            name = f"gpu {reply.bus_id or f'number {reply.number} of the driver'}"
+            text, values = f"the driver does not reach it: {reply.failure.reason}", {"number": reply.number}
+            yield Finding(name, "problem", text, _remedy(reply.failure), values)
+
+
+def _unusable(machine: Machine) -> Finding:
+    """Why torch can use no GPU."""
+    failure, shown, values = machine.nvml.failure, machine.nvidia_gpus(), {"usable": 0}
+    if machine.refused:
+        text = f"CUDA counts {len(machine.refused)} and can use none of them"
+        return Finding("gpus", "problem", text, _LOOK, values)
+    if failure is not None:
+        if failure.is_absence and not shown:
+            return Finding("gpus", "ok", "none here; saves stage tensors of the CPU", values=values)
+        here = f"{len(shown)} here ({', '.join(shown)}), and " if shown else ""
+        # a torch for CPUs may be meant where there is no driver
+        is_meant = machine.cuda_version is None and failure.is_absence
+        status: Status = "warning" if is_meant else "problem"
+        return Finding("gpus", status, f"{here}the driver does not work: {failure.reason}", _remedy(failure), values)
+    if not machine.gpus:
+        failures = [reply.failure for reply in machine.nvml.roll_call() if reply.failure is not None]
+        reasons = ", ".join(sorted({found.reason for found in failures}))
+        text = f"the driver has {len(failures)} and reaches none of them: {reasons}" if failures else "the driver shows none"
+        return Finding("gpus", "problem", text, _remedy(failures[0]) if failures else _LOOK, values)
+    here = f"{len(machine.gpus)} here ({', '.join(map(_address, machine.gpus))}), and"
+    if machine.cuda_version is None:
+        remedy = "install a build of torch with CUDA to use them (pytorch.org/get-started)"
+        return Finding("gpus", "warning", f"{here} this torch was built without CUDA", remedy, values)
+    remedy = (
+        f"see what torch.cuda.init() raises: a driver too old for CUDA {machine.cuda_version}, or a CUDA_VISIBLE_DEVICES "
+        "that names none of them"
+    )
+    return Finding("gpus", "problem", f"{here} torch can use none of them", remedy, values)
+
+
+def _remedy(failure: Failure) -> str:
+    return _REMEDIES.get(failure.kind, _LOOK)
 
 
 def check_errors(machine: Machine) -> Iterator[Finding]:
-    """Whether ECC has found memory errors that it could not correct."""
+    """Whether ECC is on, and has found memory errors that it could not correct."""
     for gpu in machine.gpus:
-        check, count = f"{_name(gpu)} memory errors", gpu.uncorrected_errors
-        values = {"uuid": gpu.uuid, "uncorrected": count}
-        if count is None:
-            yield Finding(check, "ok", "not counted by this GPU or driver", values=values)
-        elif count == 0:
-            yield Finding(check, "ok", "none that ECC could not correct since the driver was loaded", values=values)
-        else:
+        check, count, health = f"{_name(gpu)} memory errors", gpu.uncorrected_errors, machine.nvml.memory_health(gpu.uuid)
+        values = {"uuid": gpu.uuid, "uncorrected": count, "ecc": health.ecc}
+        if count:
             yield Finding(
                 check,
                 "problem",
                 f"{count} that ECC could not correct since the driver was loaded",
-                f"take {gpu} out of use until it was reset (nvidia-smi --gpu-reset) or, if they come back, replaced; "
+                f"take {gpu} out of use until it was reset ({_reset(gpu)}) or, if they come back, replaced; "
                 "nvidia-smi -q -d ECC,ROW_REMAPPER tells more",
                 values,
             )
+        elif health.ecc is False:
+            switch = (
+                "it is switched on from then" if health.next_ecc else f"switch it on with nvidia-smi -i {_address(gpu)} -e 1"
+            )
+            remedy = f"{switch}, and reset the GPU while nothing uses it ({_reset(gpu)}) or restart the node"
+            yield Finding(check, "warning", "ECC is off: they go unnoticed, and into checkpoints", remedy, values)
+        elif count is None:
+            yield Finding(check, "ok", "not counted by this GPU or driver", values=values)
+        else:
+            yield Finding(check, "ok", "none that ECC could not correct since the driver was loaded", values=values)
+
+
+def check_repair(machine: Machine) -> Iterator[Finding]:
+    """Whether damaged memory of a GPU has been taken out of use, which it remembers when the counts begin anew."""
+    for gpu in machine.gpus:
+        check, health = f"{_name(gpu)} memory repair", machine.nvml.memory_health(gpu.uuid)
+        values = {"uuid": gpu.uuid, "beyond_repair": health.beyond_repair, "pending": health.repair_pending}
+        if health.beyond_repair:
+            text = "a damaged row could not be replaced by a spare one: remapping has failed"
+            remedy = f"have {gpu} replaced; nvidia-smi -q -d ROW_REMAPPER tells more"
+            yield Finding(check, "problem", text, remedy, values)
+        elif health.repair_pending:
+            text = "damaged memory is taken out of use for good at the next reset only: remapping or retirement is pending"
+            remedy = f"reset {gpu} while nothing uses it ({_reset(gpu)}), or restart the node"
+            yield Finding(check, "warning", text, remedy, values)
 
 
 def check_free_memory(machine: Machine) -> Iterator[Finding]:
@@ -113,13 +167,15 @@ def check_staging(machine: Machine) -> Iterator[Finding]:
         check = f"{_name(gpu)} staging"
         if perf_counter() - begun > machine.patience:
             remedy = f"to measure it, show only this one: CUDA_VISIBLE_DEVICES={gpu.uuid}"
-            yield Finding(check, "ok", "not measured, to save time", remedy, {"uuid": gpu.uuid})
+            yield Finding(check, "warning", "not measured, as those before it took long", remedy, {"uuid": gpu.uuid})
             continue
         try:
             machine.staged[gpu.uuid] = machine.measure_staging(gpu, machine.nvml)
-        except RuntimeError as error:
-            text = f"not measured: {str(error).splitlines()[0]}"
-            yield Finding(check, "problem", text, "see whether a process can allocate memory on this GPU", {"uuid": gpu.uuid})
+        # of torch's several classes, or of the system
+        except Exception as error:
+            place = "of the host (ulimit -v, limits of the container)" if isinstance(error, OSError) else "on this GPU"
+            remedy = f"see whether a process can allocate memory {place}"
+            yield Finding(check, "problem", f"not measured: {reason_of(error)}", remedy, {"uuid": gpu.uuid})
         else:
             yield _judge_staging(machine, gpu, check)
 
@@ -147,15 +203,15 @@ def check_links(machine: Machine) -> Iterator[Finding]:
     """Whether links are as wide and fast as GPU and slot allow."""
     for gpu in machine.gpus:
         staged = machine.staged.get(gpu.uuid)
-        link = gpu.link if staged is None or staged.link is None else staged.link
-        best = gpu.max_link
+        busy = None if staged is None else staged.link
+        link, best = busy or gpu.link, gpu.max_link
         if link is None or best is None:
             continue
         limit = best.bytes_per_second
-        text = f"{link} of {best}" + ("" if limit is None else f", at most {gigabytes(limit)}/s")
+        text = f"{link} of {best}" + ("" if limit is None else f", at most {gigabytes(limit)}/s") + ("" if busy else "; idle")
         values = {"uuid": gpu.uuid, "now": str(link), "best": str(best), "limit": limit}
         # an idle link may be slow to save power; it is never narrow for that
-        is_slow = staged is not None and link.generation < best.generation
+        is_slow = busy is not None and busy.generation < best.generation
         if link.width < best.width or is_slow:
             remedy = "the link did not come up as it should: reseat the GPU or its riser, or look at the slot's settings"
             yield Finding(f"{_name(gpu)} link", "warning", text, remedy, values)
@@ -175,4 +231,13 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 
 def _name(gpu: GPU) -> str:
-    return f"gpu {gpu.uuid if gpu.index is None else gpu.index}"
+    return f"gpu {_address(gpu) if gpu.index is None else gpu.index}"
+
+
+def _address(gpu: GPU) -> str:
+    """What tools of the driver, and tables of this one, know it by whatever CUDA makes of it."""
+    return gpu.bus_id or gpu.uuid
+
+
+def _reset(gpu: GPU) -> str:
+    return f"nvidia-smi -i {_address(gpu)} --gpu-reset"

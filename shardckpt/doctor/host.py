@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from .._version import __version__
 from .finding import Finding, gigabytes
-from .machine import Machine
+from .machine import Machine, reason_of
 
 OLDEST_TORCH = (2, 6)
 """As setup.cfg says."""
@@ -22,8 +22,9 @@ _SLOW_COPY = 2e9
 def check_versions(machine: Machine) -> Iterator[Finding]:
     """Which software this is."""
     built = "without CUDA" if machine.cuda_version is None else f"for CUDA {machine.cuda_version}"
-    driver = machine.nvml.driver
-    shown = "no NVIDIA driver" if driver is None else f"NVIDIA driver {driver}"
+    driver, failure = machine.nvml.driver, machine.nvml.failure
+    is_absent = failure is not None and failure.is_absence
+    shown = "no NVIDIA driver" if is_absent else f"NVIDIA driver {driver or 'of unknown version'}"
     values = {
         "shardckpt": __version__,
         "torch": machine.torch_version,
@@ -72,7 +73,13 @@ def check_copying(machine: Machine) -> Iterator[Finding]:
     if not nbytes:
         yield Finding("host copy", "warning", "not measured: there is no memory for it", "see host memory")
         return
-    speed = machine.measure_copying(nbytes)
+    try:
+        speed = machine.measure_copying(nbytes)
+    except OSError as error:
+        text = f"not measured: a process cannot have {gigabytes(2 * nbytes)} of memory ({reason_of(error)})"
+        remedy = "raise the limit of its address space (ulimit -v), or see vm.overcommit_memory and the container's limits"
+        yield Finding("host copy", "problem", text, remedy)
+        return
     text, values = f"{gigabytes(speed)}/s by one thread", {"bytes_per_second": speed}
     if speed < _SLOW_COPY:
         remedy = "look for other work on these cores, a CPU quota (cpu.max of the container), or swapping (vmstat 1)"

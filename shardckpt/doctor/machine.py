@@ -4,22 +4,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..available import available_memory, memory_limit
+from ..available import available_memory, memory_limit, read_system_file
 from ..environment import ROOT
-from ..gpu import GPU, Nvml, gpu_of, local_nvml
+from ..gpu import GPU, Nvml, gpu_of, local_nvml, spellings
 from ..store import Store
 from ..store.filesystem import OPERATING_SYSTEM, FileSystem
 from ..store.mounts import Mount, mount_of
 from ..store.trial import Trial, try_store
 from .network import Network, endpoint_in
 from .speed import Staging, measure_copying, measure_staging
+
+_NVIDIA = 0x10DE
+_DISPLAY = 0x03
+"""The base class of PCI devices that GPUs are of, with a screen or without."""
 
 
 def total_memory() -> int:
@@ -32,12 +39,38 @@ def usable_cpus() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
+def nvidia_gpus(root: Path = Path("/")) -> list[str]:
+    """What shows that there are GPUs of NVIDIA, whether a driver works or not: their PCI addresses, or else device files."""
+    on_bus = [entry.name for entry in _entries(root / "sys/bus/pci/devices") if _is_nvidia_gpu(entry)]
+    return on_bus or [f"/dev/{entry.name}" for entry in _entries(root / "dev") if re.fullmatch(r"nvidia\d+", entry.name)]
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from sorted(directory.iterdir())
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = (int(read_system_file(f"{device}/{name}"), 16) for name in ("vendor", "class"))
+    except (OSError, ValueError):
+        return False
+    return vendor == _NVIDIA and kind >> 16 == _DISPLAY
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or what it is if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 @dataclass
 class Machine:
     """This machine, or parts of another one, that tests bring."""
 
     nvml: Nvml = field(default_factory=local_nvml)
     """The NVIDIA driver's library."""
+    nvidia_gpus: Callable[[], list[str]] = nvidia_gpus
+    """What shows GPUs where the driver does not."""
     cuda: Any = torch.cuda
     """torch.cuda."""
     cuda_version: str | None = torch.version.cuda
@@ -55,9 +88,9 @@ class Machine:
     measure_copying: Callable[[int], float] = measure_copying
     """Copies that many bytes in host memory; the speed in bytes per second."""
     measure_staging: Callable[[GPU, Nvml], Staging] = measure_staging
-    """Copies from a GPU as saves do. Raises `RuntimeError`."""
-    patience: float = 2.0
-    """Seconds after which no further GPU is measured: each has to be set up first, which takes a good part of one."""
+    """Copies from a GPU as saves do. Raises whatever CUDA and the system do."""
+    patience: float = 6.0
+    """Seconds after which no further GPU is measured; eight fit, each of which has to be set up first for about half a one."""
     root: str | None = None
     """Where the checkpoints of a run go, a path or URL; None leaves storage alone."""
     ranks_per_node: int | None = None
@@ -91,18 +124,35 @@ class Machine:
     @cached_property
     def gpus(self) -> list[GPU]:
         """Those that torch may use; else all that the driver shows."""
-        if self.cuda.is_available():
-            return [self._gpu(index) for index in range(self.cuda.device_count())]
+        usable = [self._gpu(index, told) for index, told in self._devices.items() if not isinstance(told, Exception)]
+        if usable:
+            return usable
         found = (self.nvml.describe(uuid) for uuid in self.nvml.uuids())
         return [gpu for gpu in found if gpu is not None]
 
-    def _gpu(self, index: int) -> GPU:
+    @property
+    def refused(self) -> dict[int, str]:
+        """Why CUDA does not work on a device that it counts, by its number."""
+        return {index: reason_of(told) for index, told in self._devices.items() if isinstance(told, Exception)}
+
+    @cached_property
+    def _devices(self) -> dict[int, Any]:
+        """What torch tells of each CUDA device, which may be an error."""
+        return {index: self._ask(index) for index in range(self.cuda.device_count())} if self.cuda.is_available() else {}
+
+    def _ask(self, index: int) -> Any:
+        try:
+            return self.cuda.get_device_properties(index)
+        # torch has several classes of errors for this, not all of them of one kind
+        except Exception as error:
+            return error
+
+    def _gpu(self, index: int, properties: Any) -> GPU:
         gpu = gpu_of(torch.device("cuda", index), self.nvml, self.cuda)
         if gpu is not None:
             return gpu
-        properties = self.cuda.get_device_properties(index)
         return GPU(
-            uuid=str(properties.uuid),
+            uuid=spellings(str(properties.uuid))[0],
             index=index,
             name=properties.name,
             bus_id=None,

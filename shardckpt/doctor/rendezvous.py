@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 
 from ..errors import ConfigError
 from .finding import Finding, milliseconds, refusal
@@ -15,6 +17,7 @@ from .network import PATIENCE, Address, Network, parse_endpoint
 
 _OPEN_IT = "look at firewalls and security groups between the nodes, and at the routes (ip route get ADDRESS)"
 _IN_DNS = "enter it in DNS, or in /etc/hosts of every node"
+_MEND_DNS = "no name server answers: look at the servers in /etc/resolv.conf and the network to them"
 
 
 def check_rendezvous(machine: Machine) -> Iterator[Finding]:
@@ -33,25 +36,30 @@ def check_rendezvous(machine: Machine) -> Iterator[Finding]:
         addresses = machine.network.resolve(host, port)
     except OSError as error:
         values = {"host": host, "port": port}
-        yield Finding("rendezvous", "problem", f"{host} has no address: {reason(error)}", _IN_DNS, values)
+        yield Finding("rendezvous", "problem", f"{host} has no address: {reason(error)}", _remedy(error), values)
         return
     yield _judge_addresses(machine.network, host, port, addresses)
 
 
 def _judge_addresses(network: Network, host: str, port: int, addresses: list[Address]) -> Finding:
     """The best that can be said of any of the addresses: whoever connects tries them all."""
-    found = [_judge_address(network, host, address) for address in addresses]
-    found.sort(key=lambda finding: ("ok", "warning", "problem").index(finding.status))
-    if not found:
+    if not addresses:
         values = {"host": host, "port": port}
         return Finding("rendezvous", "problem", f"{host} has no address of IPv4 or IPv6", _IN_DNS, values)
-    return found[0]
+    # at once: those that do not answer take their time
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        found = list(pool.map(lambda address: _judge_address(network, host, address), addresses))
+    return min(found, key=lambda finding: ("ok", "warning", "problem").index(finding.status))
 
 
 def _judge_address(network: Network, host: str, address: Address) -> Finding:
+    if not address.is_of_one_host:
+        remedy = "name the host that the first agent runs on, by a name or address that the other nodes know"
+        text = f"{host} ({address}) is no address of one host, and nobody can connect to it"
+        return Finding("rendezvous", "problem", text, remedy, {"host": host, "port": address.port, "address": address.host})
     values = {"host": host, "port": address.port, "address": address.host, "here": network.is_here(address)}
     if values["here"]:
-        return _judge_own(network, f"{host} is this host ({address})", address, values)
+        return _judge_own(network, host, address, values)
     text = f"{host} ({address})"
     try:
         seconds = network.connect(address, PATIENCE)
@@ -66,45 +74,68 @@ def _judge_address(network: Network, host: str, address: Address) -> Finding:
     return Finding("rendezvous", "ok", f"{text} answers after {milliseconds(seconds)}", values=values)
 
 
-def _judge_own(network: Network, text: str, address: Address, values: dict[str, object]) -> Finding:
-    only = ", by an address that other hosts cannot use" if address.is_loopback else ""
+def _judge_own(network: Network, host: str, address: Address, values: dict[str, object]) -> Finding:
+    text = f"{host} is this host ({address})"
+    if address.is_loopback:
+        text += ", by an address that other hosts cannot use"
+    remedies = []
+    if address.is_loopback and not _is_local(host):
+        remedies.append(f"give {host} the address that other nodes use in /etc/hosts, or name that address as the endpoint")
     try:
         network.listen(address)
+        text += "; the port is free"
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             remedy = "choose a port from 1024 on that nothing else uses"
             return Finding("rendezvous", "problem", f"{text}, and cannot listen there: {reason(error)}", remedy, values)
-    else:
-        return Finding("rendezvous", "ok", f"{text}{only}; the port is free", values=values)
-    remedy = "fine if it is the job's own agent; else choose another port (ss -ltnp shows who has it)"
-    return Finding("rendezvous", "warning", f"{text}{only}; something listens on the port", remedy, values)
+        text += "; something listens on the port"
+        remedies.append("fine if it is the job's own agent; else choose another port (ss -ltnp shows who has it)")
+    return Finding("rendezvous", "warning" if remedies else "ok", text, "; ".join(remedies), values)
+
+
+def _is_local(host: str) -> bool:
+    """Whether whoever wrote this means the own host alone, if it is the own host: names are for others, too."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    return True
 
 
 def check_host_name(machine: Machine) -> Iterator[Finding]:
     """Whether other nodes can be told this host's name, which is how rank 0 is found if it runs here."""
-    addresses: list[Address] = []
-    if machine.endpoint is not None:
-        # what is wrong with the endpoint has been told
-        with suppress(OSError, ConfigError):
-            addresses = machine.network.resolve(*parse_endpoint(machine.endpoint))
-    # a job of one node, or of none that is known, needs no name
-    if not all(address.is_loopback for address in addresses):
+    if machine.endpoint is not None and _is_for_others(machine.network, machine.endpoint):
         yield _judge_name(machine.network, machine.network.name())
+
+
+def _is_for_others(network: Network, endpoint: str) -> bool:
+    """Whether other hosts can be meant; not if there is something wrong with the endpoint, which has been told."""
+    try:
+        host, port = parse_endpoint(endpoint)
+        addresses = network.resolve(host, port)
+    except (OSError, ConfigError):
+        return False
+    return not (_is_local(host) and all(address.is_loopback for address in addresses))
 
 
 def _judge_name(network: Network, name: str) -> Finding:
     values = {"name": name}
-    remedy = f"{_IN_DNS}, or give each agent an address: --local-addr of torchrun"
     try:
         addresses = network.resolve(name, 0)
     except OSError as error:
         text = f"{name} has no address, and other nodes look for ranks by it: {reason(error)}"
+        remedy = f"{_remedy(error)}, or give each agent an address: --local-addr of torchrun"
         return Finding("host name", "warning", text, remedy, values)
     shown = ", ".join(address.host for address in addresses)
     if all(address.is_loopback for address in addresses):
         remedy = "give it the address that other nodes use in /etc/hosts, or name the interface in GLOO_SOCKET_IFNAME"
         return Finding("host name", "warning", f"{name} is {shown} here, which gloo would tell other nodes", remedy, values)
     return Finding("host name", "ok", f"{name} is {shown}", values=values)
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a name without an address."""
+    return _MEND_DNS if isinstance(error, TimeoutError) or error.errno == socket.EAI_AGAIN else _IN_DNS
 
 
 def reason(error: OSError) -> str:

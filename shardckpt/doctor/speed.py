@@ -43,7 +43,10 @@ def _time_copy(source: Buffer, target: Buffer) -> float:
 
 
 def measure_staging(gpu: GPU, nvml: Nvml) -> Staging:
-    """Copy from ``gpu`` into host memory near it. Raises `RuntimeError` when the GPU has no room or does not work."""
+    """Copy from ``gpu`` into host memory near it. Raises `RuntimeError` when the GPU has no room or does not work.
+
+    Raises `OSError` when there is no host memory.
+    """
     assert gpu.index is not None
     device = torch.device("cuda", gpu.index)
     with near(gpu):

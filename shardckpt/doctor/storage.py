@@ -3,28 +3,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from ..errors import CheckpointError, CheckpointNotFound, NotACheckpointRoot
+from ..errors import CheckpointError, NotACheckpointRoot
 from ..hostmemory import PRUDENCE
-from ..maintain.stored import open_checkpoint
 from ..manifest import MANIFEST_NAME, STEP_PATTERN
-from ..root import Root, attempt_of, find_checkpoint
-from ..store import LocalStore, Store, is_temporary, open_store
+from ..root import attempt_of
+from ..store import LocalStore, MemoryStore, RetryingStore, Store, is_temporary, open_store
 from ..store.filesystem import FileSystem
 from ..store.mounts import Mount
 from ..store.oserror import explained
 from ..store.trial import Space, Speed, nearest_directory, some_file, space_in
 from .finding import Finding, amount, gigabytes, milliseconds, refusal
 from .machine import Machine
+from .newest import CHECK, Newest, find_newest
 
 TRIED_BYTES = 256 << 20
 _SLOW_FLUSH = 0.1
 _SLOW_FILE = 0.1e9
 """Bytes per second; a single disk of the last ten years is faster."""
 _FEW_BYTES = 1 << 30
+_TOO_FEW_BYTES = 64 << 20
 _SPARE_FILES = 16
 """Which a save makes beside those that stay."""
 _NO_FILES = {"proc", "sysfs", "cgroup", "cgroup2", "devpts", "debugfs", "tracefs", "securityfs", "configfs", "mqueue", "bpf"}
@@ -47,30 +49,20 @@ _SHARED = {
     "afs",
 }
 _NO_BARRIER = "a flush does not reach the device: a power cut can undo a save that was reported durable"
+_NO_FLUSH = "flushes do nothing: a crash can undo a save that was reported durable"
 _UNSAFE = {
     "nobarrier": _NO_BARRIER,
     "barrier=0": _NO_BARRIER,
-    "volatile": "flushes do nothing: a crash can undo a save that was reported durable",
+    "volatile": _NO_FLUSH,
+    "fsync=volatile": _NO_FLUSH,
     "soft": "writes fail for good when the server does not answer for a while, instead of waiting for it",
     "softerr": "writes fail for good when the server does not answer for a while, instead of waiting for it",
 }
 """Options of mounts that break what saves rely on. Source: ext4(5), nfs(5), overlayfs in the kernel's documentation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Newest:
-    """The newest checkpoint of a root, or the only one of a place."""
-
-    step: int
-    """Number of its training step."""
-    world_size: int
-    """Ranks that saved it."""
-    nbytes: int
-    """Of all its files, parity included."""
-    files: int
-    """How many those are."""
-    staged: int
-    """Bytes that all ranks together stage for one like it."""
+_ANSWER_SECONDS = 15.0
+"""For requests to an object store; saves are more patient."""
+_SLOW_DEVICE = "look for other load on the device or the network to it (iostat -x 1, nfsiostat), or choose a faster place"
+_SLOW_SERVICE = "look at the network to the service, at its limits, and whether it is in the region of this machine"
 
 
 def check_storage(machine: Machine) -> Iterator[Finding]:
@@ -79,40 +71,82 @@ def check_storage(machine: Machine) -> Iterator[Finding]:
         yield Finding("storage", "ok", "not checked: to try where checkpoints go, name it: shardckpt doctor ROOT")
         return
     try:
-        yield from _check_root(machine, open_store(machine.root))
+        yield from check_root(machine, _open(machine.root))
     except CheckpointError as error:
-        yield refusal("storage", error)
+        yield _refused_place(error)
 
 
-def _check_root(machine: Machine, store: Store) -> Iterator[Finding]:
-    space = None
+def _open(root: str) -> Store:
+    store = open_store(root)
+    if not isinstance(store, RetryingStore):
+        return store
+    from ..store.object import ObjectStore  # needs obstore
+
+    return ObjectStore(root, patience=_ANSWER_SECONDS)
+
+
+def _refused_place(error: CheckpointError) -> Finding:
+    found = refusal("storage", error)
+    if isinstance(error.__cause__, ModuleNotFoundError):
+        text, _, remedy = error.message.partition(": ")
+        return replace(found, text=text, remedy=remedy)
+    return found
+
+
+def check_root(machine: Machine, store: Store) -> Iterator[Finding]:
+    """What is found of an open store. One that does not answer is asked once, and not tried."""
+    space, place = None, store
     if isinstance(store, LocalStore):
         directory = nearest_directory(store.url, machine.fs)
-        found = judge_mount(store.url, directory, machine.mount_of(directory))
+        mount = machine.mount_of(directory)
+        found = judge_mount(store.url, directory, mount)
         yield found
         if found.status == "problem":
             return
-        space = space_in(directory, machine.fs)
+        space = _room(machine, directory, mount)
         # nothing is made where there is no root yet
-        place: Store = LocalStore(directory, machine.fs)
+        place = LocalStore(directory, machine.fs)
     else:
-        yield Finding("storage", "ok", f"{store.url}, which is no file system", values={"path": store.url})
-        place = store
-    newest = None
+        yield _judge_store(store)
+    newest, is_answered = None, True
     try:
-        if isinstance(store, LocalStore) and store.url == directory:
-            _require_root(directory, machine.fs)
-        newest = newest_in(store)
-        if newest is not None:
-            yield _describe(newest)
+        if isinstance(store, LocalStore) and store.url == place.url:
+            _require_root(store.url, machine.fs)
+        newest, findings = find_newest(store)
+        yield from findings
     except CheckpointError as error:
-        yield refusal("newest checkpoint", error)
+        is_answered = not error.details.get("transient")
+        yield _refused_root(error)
     yield from judge_space(space, newest)
     yield from judge_memory(machine, newest)
-    try:
-        yield from _try(machine, place, space, newest)
-    except CheckpointError as error:
-        yield refusal("storage writes", error)
+    if is_answered:
+        try:
+            yield from _try(machine, place, space, newest)
+        except CheckpointError as error:
+            yield refusal("storage writes", error)
+
+
+def _room(machine: Machine, directory: str, mount: Mount | None) -> Space | None:
+    space, available = space_in(directory, machine.fs), machine.available_memory()
+    if mount is None or mount.kind not in _IN_MEMORY or available is None:
+        return space
+    # whoever writes more than that is killed, whatever the file system says
+    return Space(available, available, None) if space is None else replace(space, free=min(space.free, available))
+
+
+def _judge_store(store: Store) -> Finding:
+    values = {"path": store.url}
+    if isinstance(store, MemoryStore):
+        text = f"{store.url}, in the memory of a process: gone when that ends"
+        return Finding("storage", "warning", text, "choose a directory on a disk, or a bucket", values)
+    return Finding("storage", "ok", f"{store.url}, which is no file system", values=values)
+
+
+def _refused_root(error: CheckpointError) -> Finding:
+    found, path = refusal(CHECK, error), str(error.details.get("path"))
+    if os.path.basename(path) != "lost+found":
+        return found
+    return replace(found, remedy=f"choose a directory below, such as {os.path.join(os.path.dirname(path), 'run')}")
 
 
 def judge_mount(root: str, directory: str, mount: Mount | None) -> Finding:
@@ -156,26 +190,6 @@ def _require_root(directory: str, fs: FileSystem) -> None:
             )
 
 
-def newest_in(store: Store) -> Newest | None:
-    """The newest checkpoint in a store, None without any. Raises `NotACheckpointRoot`, `IntegrityError` and `StoreError`."""
-    try:
-        prefix = find_checkpoint(store)
-    except CheckpointNotFound:
-        Root(store).require_place("step-")
-        return None
-    manifest = open_checkpoint(store, prefix).checkpoint.manifest
-    leaves = {entry.name[len(prefix) :]: entry.size for entry in store.list(prefix.rstrip("/"))}
-    sizes = [size for leaf, size in leaves.items() if leaf == MANIFEST_NAME or attempt_of(leaf) == manifest.attempt]
-    staged = sum(file.size for file in manifest.files)
-    return Newest(manifest.step, manifest.world_size, sum(sizes), len(sizes), staged)
-
-
-def _describe(newest: Newest) -> Finding:
-    text = f"step {newest.step}: {amount(newest.nbytes)} by {newest.world_size} rank{'' if newest.world_size == 1 else 's'}"
-    values = {"step": newest.step, "world_size": newest.world_size, "bytes": newest.nbytes, "files": newest.files}
-    return Finding("newest checkpoint", "ok", text, values=values)
-
-
 def judge_space(space: Space | None, newest: Newest | None) -> Iterator[Finding]:
     """Whether one more checkpoint like the newest one fits."""
     if space is None:
@@ -188,7 +202,9 @@ def judge_space(space: Space | None, newest: Newest | None) -> Iterator[Finding]
         text = f"{text}, but only {space.free_files} more files, and a save makes up to {files}"
         yield Finding("free space", "problem", text, "remove files there, or make a file system with more inodes", values)
     elif newest is None:
-        if space.free < _FEW_BYTES:
+        if space.free < _TOO_FEW_BYTES:
+            yield Finding("free space", "problem", f"{text}: no checkpoint of a model fits", remedy, values)
+        elif space.free < _FEW_BYTES:
             yield Finding("free space", "warning", text, remedy, values)
         else:
             yield Finding("free space", "ok", text, values=values)
@@ -227,7 +243,8 @@ def judge_memory(machine: Machine, newest: Newest | None) -> Iterator[Finding]:
 
 
 def _try(machine: Machine, store: Store, space: Space | None, newest: Newest | None) -> Iterator[Finding]:
-    tried = machine.try_store(store, TRIED_BYTES if space is None else min(TRIED_BYTES, space.free // 4), machine.fs)
+    free = space.free if space is not None else machine.available_memory() if isinstance(store, MemoryStore) else None
+    tried = machine.try_store(store, TRIED_BYTES if free is None else min(TRIED_BYTES, free // 4), machine.fs)
     if tried.direct is not None:
         yield _judge_direct(tried.direct)
     if tried.links is not None:
@@ -237,8 +254,9 @@ def _try(machine: Machine, store: Store, space: Space | None, newest: Newest | N
     if tried.speed is None:
         yield Finding("write speed", "warning", "not measured: there is no room for it", "see free space")
     else:
-        yield _judge_speed("write speed", tried.speed.written, tried.speed, newest)
-        yield _judge_speed("read speed", tried.speed.read, tried.speed, newest)
+        remedy = _SLOW_DEVICE if isinstance(store, LocalStore) else _SLOW_SERVICE
+        yield _judge_speed("write speed", tried.speed.written, tried.speed, newest, remedy)
+        yield _judge_speed("read speed", tried.speed.read, tried.speed, newest, remedy)
 
 
 def _judge_direct(direct: bool) -> Finding:
@@ -266,12 +284,11 @@ def _judge_flush(seconds: float) -> Finding:
     return Finding("flush", "ok", text, values=values)
 
 
-def _judge_speed(check: str, speed: float, tried: Speed, newest: Newest | None) -> Finding:
+def _judge_speed(check: str, speed: float, tried: Speed, newest: Newest | None, remedy: str) -> Finding:
     text = f"{gigabytes(speed)}/s by one process, with {amount(tried.nbytes)}"
     values = {"bytes_per_second": speed, "bytes": tried.nbytes}
     if newest is not None:
         text += f"; alone it takes {newest.nbytes / speed:.3g} s for the newest checkpoint"
     if speed < _SLOW_FILE:
-        remedy = "look for other load on the device or the network to it (iostat -x 1, nfsiostat), or choose a faster place"
         return Finding(check, "warning", text, remedy, values)
     return Finding(check, "ok", text, values=values)

@@ -86,6 +86,54 @@ class GPU:
         return f"{number} ({', '.join(filter(None, (self.name, self.bus_id, self.uuid)))})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why the driver did not do what it was asked."""
+
+    kind: str
+    """Name of the error in the library, such as ``GpuIsLost``; empty for an error that has none."""
+    reason: str
+    """In words."""
+
+    @property
+    def is_absence(self) -> bool:
+        """Whether there is no driver at all, as far as can be seen from here."""
+        return self.kind == "LibraryNotFound"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether this process may not use what is there."""
+        return self.kind == "NoPermission"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What one GPU in the driver's list of all GPUs says when it is called."""
+
+    number: int
+    """Its place in the list."""
+    uuid: str | None
+    """None when it does not answer."""
+    bus_id: str | None
+    """PCI address; None when not even that is known."""
+    failure: Failure | None
+    """Why it does not answer; None when it does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryHealth:
+    """What a GPU keeps of its memory errors across restarts of the driver; None stands for what it does not tell."""
+
+    ecc: bool | None
+    """Whether errors are looked for at all."""
+    next_ecc: bool | None
+    """Whether they will be after the next reset."""
+    beyond_repair: bool | None
+    """Whether there was no spare row left for a damaged one."""
+    repair_pending: bool | None
+    """Whether damaged memory waits for a reset that takes it out of use for good."""
+
+
 def read_numa_node(bus_id: str) -> int | None:
     """The node that the kernel says a PCI device is attached to; None where there is just one, or none is known."""
     try:
@@ -104,13 +152,18 @@ class Nvml:
         self._numa_node = numa_node
         self._said: set[tuple[str, str]] = set()
         self._error_counters: dict[str, Callable[[], int | None]] = {}
-        self.missing: str | None = None
+        self.failure: Failure | None = None
         """Why there is nothing to ask; None when there is."""
         try:
             library.nvmlInit()
         except library.NVMLError as error:
-            self.missing = str(error)
+            self.failure = _failure(error)
             logger.info("no NVIDIA driver (%s): nothing is known of the memory errors and the place of GPUs", error)
+
+    @property
+    def missing(self) -> str | None:
+        """The same in words."""
+        return None if self.failure is None else self.failure.reason
 
     @property
     def driver(self) -> str | None:
@@ -120,9 +173,11 @@ class Nvml:
 
     def uuids(self) -> list[str]:
         """All GPUs of the machine that the driver shows here, whether CUDA may use them or not."""
-        handles = (self._ask("nvmlDeviceGetHandleByIndex", at) for at in range(self._ask("nvmlDeviceGetCount") or 0))
-        found = (self._ask("nvmlDeviceGetUUID", handle) for handle in handles if handle is not None)
-        return [str(uuid) for uuid in found if uuid is not None]
+        return [reply.uuid for reply in self.roll_call() if reply.uuid is not None]
+
+    def roll_call(self) -> list[Reply]:
+        """Call all GPUs of the machine, also those that are lost or not for this process."""
+        return [self._call(number) for number in range(self._ask("nvmlDeviceGetCount") or 0)]
 
     def describe(self, uuid: str, index: int | None = None) -> GPU | None:
         """What is known of a GPU or MIG slice; None when the driver does not know it. ``index`` is that of its CUDA device."""
@@ -144,6 +199,21 @@ class Nvml:
             memory_total=None if memory is None else int(memory.total),
             memory_free=None if memory is None else int(memory.free),
             uncorrected_errors=self.uncorrected_errors(uuid),
+        )
+
+    def memory_health(self, uuid: str) -> MemoryHealth:
+        """What a GPU, or the one that a MIG slice is a part of, remembers of errors of its memory."""
+        handle = self._handle(uuid)
+        if handle is None:
+            return MemoryHealth(ecc=None, next_ecc=None, beyond_repair=None, repair_pending=None)
+        whole = self._whole(uuid, handle)
+        ecc, next_ecc = self._ask("nvmlDeviceGetEccMode", whole) or (None, None)
+        # GPUs up to Turing retire pages, later ones remap rows
+        _, _, pending, failed = self._ask("nvmlDeviceGetRemappedRows", whole) or (None, None, None, None)
+        if pending is None:
+            pending = self._ask("nvmlDeviceGetRetiredPagesPendingStatus", whole)
+        return MemoryHealth(
+            ecc=_truth(ecc), next_ecc=_truth(next_ecc), beyond_repair=_truth(failed), repair_pending=_truth(pending)
         )
 
     def uncorrected_errors(self, uuid: str) -> int | None:
@@ -182,7 +252,22 @@ class Nvml:
         except self._library.NVMLError_NotFound:
             return None
         except self._library.NVMLError as error:
+            # it may fail because of any GPU, whichever was asked for
+            for reply in self.roll_call():
+                if reply.uuid == uuid:
+                    return self._ask("nvmlDeviceGetHandleByIndex", reply.number)
             return self._give_up("nvmlDeviceGetHandleByUUID", str(error))
+
+    def _call(self, number: int) -> Reply:
+        handle = None
+        try:
+            handle = self._library.nvmlDeviceGetHandleByIndex(number)
+            uuid = str(self._library.nvmlDeviceGetUUID(handle))
+        except self._library.NVMLError as error:
+            self._give_up("nvmlDeviceGetHandleByIndex" if handle is None else "nvmlDeviceGetUUID", str(error))
+            bus_id = None if handle is None else self._bus_id(handle)
+            return Reply(number=number, uuid=None, bus_id=bus_id, failure=_failure(error))
+        return Reply(number=number, uuid=uuid, bus_id=self._bus_id(handle), failure=None)
 
     def _whole(self, uuid: str, handle: Any) -> Any:
         """The GPU that a MIG slice is a part of: it alone has a bus and a place."""
@@ -233,6 +318,16 @@ class Nvml:
             logger.info("%s: %s; what it would tell of GPUs is left out", function, reason)
 
 
+def _failure(error: Exception) -> Failure:
+    # the library has a class for each error that it knows
+    _, _, kind = type(error).__name__.partition("_")
+    return Failure(kind=kind, reason=str(error))
+
+
+def _truth(value: int | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
 def _add_up(counters: Sequence[Callable[[], int | None]]) -> int | None:
     """The sum; None unless all of them tell, as a part of them is no count to compare with."""
     counts = [count for counter in counters if (count := counter()) is not None]
@@ -248,6 +343,15 @@ def local_nvml() -> Nvml:
     return Nvml(pynvml)
 
 
+def spellings(uuid: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """How driver and CUDA may name the device whose bare UUID torch tells; the likeliest name first."""
+    # CUDA numbers the devices that it was told of, in its own order: only the UUID says which one it is. A MIG slice has to be
+    # named to be seen; torch may then tell its UUID or that of the whole GPU.
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = [visible.split(",")[0].strip()] if visible.startswith("MIG-") else []
+    return [*named, f"GPU-{uuid}", f"MIG-{uuid}"]
+
+
 def gpu_of(
     device: torch.device, nvml: Nvml | None = None, cuda: Any = torch.cuda, environ: Mapping[str, str] = os.environ
 ) -> GPU | None:
@@ -258,14 +362,11 @@ def gpu_of(
     try:
         index = cuda.current_device() if device.index is None else device.index
         uuid = str(cuda.get_device_properties(index).uuid)
-    except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, no such device, or a forked process
+    # no CUDA in this torch, no such device, a forked process, a GPU that does not work: torch has an error of its own for each
+    except Exception as error:
         logger.info("torch does not tell which GPU %s is: %s", device, error)
         return None
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    # CUDA numbers the devices that it was told of, in its own order: only the UUID says which one it is. A MIG slice has to be
-    # named to be seen; torch may then tell its UUID or that of the whole GPU.
-    names = [visible.split(",")[0].strip()] if visible.startswith("MIG-") else []
-    for name in (*names, f"GPU-{uuid}", f"MIG-{uuid}"):
+    for name in spellings(uuid, environ):
         gpu = nvml.describe(name, index)
         if gpu is not None:
             return gpu

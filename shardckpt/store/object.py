@@ -6,10 +6,11 @@ Objects are durable when the service has acknowledged them, and appear whole, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import obstore
 from obstore.exceptions import BaseError
@@ -18,7 +19,7 @@ from obstore.store import from_url
 from shardckpt.errors import AlreadyExists, ConfigError, MissingFile, StoreError
 from shardckpt.store.base import Entry, FileReader, FileWriter, Store, check_name, name_problem
 from shardckpt.store.buffers import scatter
-from shardckpt.store.objecterror import explained
+from shardckpt.store.objecterror import explained, variables_of
 from shardckpt.store.upload import ObjectWriter
 
 if TYPE_CHECKING:
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Backend
 
-# Single requests, the parts of an upload among them, are tried again inside the library.
-_RETRIES: Final[RetryConfig] = {"max_retries": 6, "retry_timeout": timedelta(minutes=2)}
-_CLIENT: Final[ClientConfig] = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2)}
+PATIENCE: Final = 120.0
+"""Seconds."""
+_CONNECT_SECONDS: Final = 10.0
+_RETRIES: Final = 6
+_FROM_ENVIRONMENT: Final = (
+    *("allow_http", "allow_invalid_certificates", "connect_timeout", "read_timeout", "timeout", "user_agent"),
+    *("proxy_url", "proxy_excludes", "proxy_ca_certificate"),
+)
 _PAGE: Final = 1000
 _PIECE: Final = 1 << 20
 
@@ -36,12 +42,13 @@ _PIECE: Final = 1 << 20
 class ObjectStore(Store):
     """The objects under ``url``; settings and credentials come from the environment (``AWS_*``, ...).
 
-    ``backend`` replaces what the URL and the environment say.
+    ``backend`` replaces what the URL and the environment say. ``patience``: after how many seconds a request that was not
+    answered, the part of an upload say, is given up; the library sends it again until then.
     """
 
-    def __init__(self, url: str, backend: Backend | None = None) -> None:
+    def __init__(self, url: str, backend: Backend | None = None, *, patience: float = PATIENCE) -> None:
         self.url = url.rstrip("/")
-        self._backend = backend if backend is not None else _connect(url)
+        self._backend = backend if backend is not None else _connect(url, patience)
 
     def create(self, name: str, size: int) -> FileWriter:
         check_name(name)
@@ -131,9 +138,21 @@ class _ObjectReader(FileReader):
             raise self._truncated(offset, wanted, got)
 
 
-def _connect(url: str) -> Backend:
+def client_options(url: str, patience: float, environ: Mapping[str, str] = os.environ) -> ClientConfig:
+    """What connections are made with. The environment counts more, as in ``AWS_ALLOW_HTTP``: the library itself looks there
+    only when it is given no options at all."""
+    found = {key: environ.get(f"{variables_of(url)}_{key.upper()}") for key in _FROM_ENVIRONMENT}
+    ours = {
+        "connect_timeout": timedelta(seconds=min(_CONNECT_SECONDS, patience / 3)),
+        "timeout": timedelta(seconds=patience),
+    }
+    return cast("ClientConfig", {**ours, **{key: value for key, value in found.items() if value}})
+
+
+def _connect(url: str, patience: float) -> Backend:
+    retries: RetryConfig = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=patience)}
     try:
-        return from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
+        return from_url(url, client_options=client_options(url, patience), retry_config=retries)
     except (BaseError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(

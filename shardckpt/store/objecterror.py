@@ -32,6 +32,14 @@ _STATUS: Final = re.compile(r"status code: (\d{3})")
 _PASSING_STATUS: Final = frozenset({408, 409, 425, 429, *range(500, 600)})
 # An error in the body of a reply with status 200, and one of the connection.
 _PASSING_TEXT: Final = ("Server returned error response", "HTTP error", "error decoding response body")
+# A request that was never sent, because of its URL.
+_UNSENT: Final = "builder error"
+_VARIABLES: Final = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+
+
+def variables_of(url: str) -> str:
+    """What the names of the variables begin with that hold the settings for a URL."""
+    return _VARIABLES.get(url.partition("://")[0], "AWS")
 
 
 @contextmanager
@@ -53,6 +61,9 @@ def _translated(operation: str, url: str, name: str, error: Exception, missing: 
     for source, kind, advice in _KINDS:
         if isinstance(error, source):
             return (missing if kind is MissingFile else kind)(f"{message}; {advice}", **details)
+    if _UNSENT in reason and "http://" in reason:
+        remedy = f"plain http is refused: set {variables_of(url)}_ALLOW_HTTP=true, or use https"
+        return StoreError(f"{message}; {remedy}", **details)
     if _may_pass(str(error)):
         return StoreError(f"{message}; the service or the network is troubled: try again", **details, transient=True)
     return StoreError(f"{message}; check the URL and the AWS_*, GOOGLE_* or AZURE_* variables", **details)
@@ -63,4 +74,4 @@ def _may_pass(text: str) -> bool:
     status = _STATUS.search(text)
     if status:
         return int(status[1]) in _PASSING_STATUS
-    return any(sign in text for sign in _PASSING_TEXT)
+    return _UNSENT not in text and any(sign in text for sign in _PASSING_TEXT)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tries out a place for checkpoints: what its file system can do, how fast it is, and how much room there is.
 
-All that is written is removed again. What a killed process leaves has the name of a temporary file of a root (`is_temporary`).
+All that is written is removed again. What a killed process leaves has the name of a temporary file of a root (`is_temporary`),
+and is removed by a later trial there.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import secrets
 import stat
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +39,9 @@ _FIRST_SECONDS: Final = 0.25
 _PIECE: Final = 4 << 20
 _THREADS: Final = 3
 """As many as saves have by default."""
+_BUFFERS: Final = 4 * _THREADS
+_SCRATCH: Final = re.compile(rf"probe\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}\Z", re.ASCII)
+_ABANDONED_SECONDS: Final = 3600.0
 
 Clock = Callable[[], float]
 
@@ -134,11 +140,26 @@ def try_store(store: Store, most: int, fs: FileSystem = OPERATING_SYSTEM) -> Tri
 
     Makes the root of the store if it is missing, and leaves it there. Raises `StoreError`.
     """
+    if isinstance(store, LocalStore):
+        remove_leftovers(store.url, fs)
     nbytes = most - most % ALIGNMENT
     speed = measure_speed(store, nbytes) if nbytes >= 1 << 20 else None
     if not isinstance(store, LocalStore):
         return Trial(direct=None, links=None, flush_seconds=None, speed=speed)
     return Trial(store.takes_direct(), has_links(store.url, fs), seconds_to_flush(store.url, fs), speed)
+
+
+def remove_leftovers(directory: str, fs: FileSystem = OPERATING_SYSTEM, clock: Clock = time.time) -> None:
+    """Remove what this user's trials that were killed more than an hour ago have left in a directory, as far as it may."""
+    leaves: Sequence[str] = ()
+    with suppress(OSError):
+        leaves = fs.listdir(directory)
+    for path in (os.path.join(directory, leaf) for leaf in leaves if _SCRATCH.match(leaf)):
+        with suppress(OSError):
+            status = fs.lstat(path)
+            is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            if is_ours and status.st_mtime < clock() - _ABANDONED_SECONDS:
+                fs.unlink(path)
 
 
 def has_links(directory: str, fs: FileSystem = OPERATING_SYSTEM) -> bool:
@@ -191,10 +212,9 @@ def _move_file(store: Store, nbytes: int, clock: Clock) -> Speed:
         with store.create(name, nbytes) as writer, ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda piece: writer.write_at(piece[0], pattern[: piece[1]]), pieces))
             writer.finish()
-        written, begun = clock() - begun, clock()
-        with store.open_uncached(name) as reader, ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(lambda piece: _read(reader, *piece), pieces))
-        read = clock() - begun
+        written = clock() - begun
+        with store.open_uncached(name) as reader:
+            read, found = _read_all(reader, pieces, clock)
     finally:
         with suppress(CheckpointError):
             store.delete(name)
@@ -210,10 +230,21 @@ def _move_file(store: Store, nbytes: int, clock: Clock) -> Speed:
     return Speed(nbytes, nbytes / max(written, 1e-9), nbytes / max(read, 1e-9))
 
 
-def _read(reader: FileReader, offset: int, length: int) -> int:
-    piece = memoryview(mmap.mmap(-1, length))
-    reader.read_at(offset, [piece])
-    return _digest(piece)
+def _read_all(reader: FileReader, pieces: Sequence[tuple[int, int]], clock: Clock) -> tuple[float, list[int]]:
+    """Seconds that it takes to read pieces (offset, length), and their digests."""
+    seconds, digests = 0.0, list[int]()
+    buffers = [memoryview(mmap.mmap(-1, _PIECE)) for _ in range(min(_BUFFERS, len(pieces)))]
+    for buffer in buffers:
+        # the first write to memory takes as long as a read from a fast device
+        buffer[:] = bytes(_PIECE)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(pieces), _BUFFERS):
+            some = [(at, buffer[:length]) for (at, length), buffer in zip(pieces[first:], buffers, strict=False)]
+            begun = clock()
+            list(pool.map(lambda piece: reader.read_at(piece[0], [piece[1]]), some))
+            seconds += clock() - begun
+            digests += [_digest(piece) for _, piece in some]
+    return seconds, digests
 
 
 def _digest(piece: memoryview) -> int:

@@ -4,9 +4,16 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -84,11 +91,12 @@ def test_what_is_no_endpoint(text: str) -> None:
     [
         ({}, None),
         ({"MASTER_PORT": "29500"}, None),
-        ({"MASTER_ADDR": "node0"}, "node0"),
+        ({"MASTER_ADDR": "node0"}, "node0:29500"),
+        ({"MASTER_ADDR": "fe80::1"}, "[fe80::1]:29500"),
         ({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, "node0:29500"),
         ({"MASTER_ADDR": "fe80::1", "MASTER_PORT": "29500"}, "[fe80::1]:29500"),
         ({"MASTER_ADDR": "node0", "PET_RDZV_ENDPOINT": "node1:1"}, "node1:1"),
-        ({"MASTER_ADDR": "node0", "PET_RDZV_ENDPOINT": " "}, "node0"),
+        ({"MASTER_ADDR": "node0", "PET_RDZV_ENDPOINT": " "}, "node0:29500"),
     ],
 )
 def test_endpoints_of_the_environment(environ: dict[str, str], expected: str | None) -> None:
@@ -98,7 +106,7 @@ def test_endpoints_of_the_environment(environ: dict[str, str], expected: str | N
 def test_what_launchers_say_counts_unless_something_else_was_given() -> None:
     environ = {"SHARDCKPT_ROOT": "/a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "16", "MASTER_ADDR": "node0"}
     told = Machine.with_environment(environ, root=None, ranks_per_node=2)
-    assert (told.root, told.ranks_per_node, told.world_size, told.endpoint) == ("/a", 2, 16, "node0")
+    assert (told.root, told.ranks_per_node, told.world_size, told.endpoint) == ("/a", 2, 16, "node0:29500")
     empty = Machine.with_environment({"SHARDCKPT_ROOT": "", "WORLD_SIZE": "many", "LOCAL_WORLD_SIZE": "0"})
     assert (empty.root, empty.ranks_per_node, empty.world_size, empty.endpoint) == (None, None, None, None)
 
@@ -152,6 +160,90 @@ def test_connections_are_really_made(port: int) -> None:
     assert not Network().is_here(Address(socket.AF_INET, "192.0.2.1", 1))
 
 
+SPACE = """
+import socket, sys
+from shardckpt.doctor.network import Address, Network
+network = Network()
+[scoped] = network.resolve("fe80::77%d0", 1)
+print(scoped, scoped.scope > 0, network.is_here(scoped), scoped in network.resolve("fe80::77%d0", 1))
+network.listen(scoped)
+for host in ("10.9.0.8", "10.9.0.9", "10.9.0.77", "127.0.1.1"):
+    print(host, network.is_here(Address(socket.AF_INET, host, 1)))
+"""
+
+
+def test_addresses_of_a_host_that_may_bind_to_any() -> None:
+    """A second address of an interface is this host's, too, though connections do not come from it."""
+    setup = (
+        "ip link set lo up && ip link add d0 type veth peer name d1 && ip link set d1 up && ip addr add 10.9.0.8/24 dev d0 && "
+        "ip addr add 10.9.0.9/24 dev d0 && ip addr add fe80::77/64 dev d0 nodad && ip link set d0 up && "
+        "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind"
+    )
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("networks cannot be made here: unshare or ip is not installed")
+    command = ["unshare", "--net", "sh", "-c", f'{setup} || exit 77; exec "$0" -c "$1"', sys.executable, SPACE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"networks cannot be made here: {done.stderr.strip()}")
+    assert done.stdout.splitlines() == [
+        "[fe80::77]:1 True True True",
+        "10.9.0.8 True",
+        "10.9.0.9 True",
+        "10.9.0.77 False",
+        "127.0.1.1 True",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "255.255.255.255", "224.0.0.1", "[ff02::1]"])
+def test_addresses_of_no_host_are_no_endpoint(host: str) -> None:
+    found = endpoint(f"{host}:29500")
+    assert found.status == "problem"
+    assert "is no address of one host" in found.text
+    assert found.remedy.startswith("name the host")
+
+
+def found_at(*hosts: str) -> list[Any]:
+    """What the system answers for a name of these addresses."""
+    return [
+        (socket.AF_INET6, 1, 6, "", (host, 0, 0, 0)) if ":" in host else (socket.AF_INET, 1, 6, "", (host, 0)) for host in hosts
+    ]
+
+
+def test_a_name_is_asked_for_once() -> None:
+    asked = []
+
+    def look_up(host: str, port: object, **given: object) -> list[Any]:
+        asked.append(host)
+        return found_at("10.0.0.1", "10.0.0.1", "fe80::1")
+
+    network = Network(look_up)
+    assert [str(address) for address in network.resolve("node0", 5)] == ["10.0.0.1:5", "[fe80::1]:5"]
+    assert [address.port for address in network.resolve("node0", 6)] == [6, 6]
+    assert asked == ["node0"]
+
+
+def test_name_servers_that_do_not_answer_are_given_up() -> None:
+    forever = threading.Event()
+
+    def look_up(host: str, port: object, **given: object) -> list[Any]:
+        forever.wait()
+        return []
+
+    network = Network(look_up, patience=0.05)
+    found = endpoint("node0:29500", network)
+    assert (found.status, found.text) == ("problem", "node0 has no address: no answer within 0.05 s")
+    assert "/etc/resolv.conf" in found.remedy
+    assert names("node0:29500", network) == []
+    forever.set()
+
+
+def test_name_servers_that_cannot_be_reached_are_no_matter_of_entries() -> None:
+    def look_up(host: str, port: object, **given: object) -> list[Any]:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    assert "/etc/resolv.conf" in endpoint("node0:29500", Network(look_up)).remedy
+
+
 @pytest.mark.parametrize("host", ["a" * 64, "..", "ü" * 70])
 def test_names_without_an_address(host: str) -> None:
     found = endpoint(f"{host}:29500")
@@ -189,6 +281,43 @@ def test_other_hosts(answer: float | OSError, status: str, said: str, remedy: st
 def test_one_address_that_answers_is_enough() -> None:
     network = Elsewhere({"node0": ["fe80::7", "10.0.0.7"]}, {"fe80::7": OSError(errno.ENETUNREACH, "x"), "10.0.0.7": 0.001})
     assert endpoint("node0:29500", network).values["address"] == "10.0.0.7"
+
+
+def test_addresses_that_do_not_answer_are_waited_for_together() -> None:
+    class Silent(Elsewhere):
+        def connect(self, address: Address, timeout: float) -> float:
+            meeting.wait(10)
+            raise TimeoutError
+
+    addresses = [str(ipaddress.ip_address("10.0.0.1") + number) for number in range(6)]
+    # all six have to be there at once for one to go on
+    meeting = threading.Barrier(6)
+    network = Silent({"node0": addresses}, dict.fromkeys(addresses, 1.0))
+    begun = time.monotonic()
+    assert "does not answer" in endpoint("node0:29500", network).text
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "mine", "status"),
+    [
+        ("me:29500", ["127.0.1.1"], "warning"),
+        ("me:29500", ["127.0.1.1", "10.0.0.1"], "ok"),
+        ("localhost:29500", ["127.0.0.1"], "ok"),
+        ("127.0.1.1:29500", ["127.0.1.1"], "ok"),
+    ],
+)
+def test_a_name_that_is_loopback_is_of_no_use_to_others(text: str, mine: list[str], status: str) -> None:
+    class Quiet(Elsewhere):
+        def listen(self, address: Address) -> None:
+            pass
+
+    network = Quiet({"me": mine, text.partition(":")[0]: mine})
+    found = endpoint(text, network)
+    assert found.status == status
+    assert ("/etc/hosts" in found.remedy) is (status == "warning")
+    # the own name is another matter, unless no other host is meant
+    assert [finding.status for finding in names(text, network)] == ([] if not text.startswith("me") else [status])
 
 
 def test_a_port_that_may_not_be_listened_on() -> None:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import shardckpt
 from shardckpt.cli.doctor import report
 from shardckpt.doctor import Diagnosis, Finding, Machine
 from shardckpt.doctor.finding import amount
-from shardckpt.doctor.storage import Newest, check_storage, judge_memory, judge_mount, judge_space, newest_in
-from shardckpt.store import LocalStore
+from shardckpt.doctor.newest import Newest
+from shardckpt.doctor.storage import check_root, check_storage, judge_memory, judge_mount, judge_space
+from shardckpt.errors import StoreError
+from shardckpt.store import Entry, MemoryStore, Store
+from shardckpt.store.filesystem import FileSystem
 from shardckpt.store.mounts import Mount
 from shardckpt.store.trial import Space, Speed, Trial
 from tests.cli.run import run
-from tests.maintain.make import flip
 from tests.store.test_trial import Sized
 
 MIB = 1 << 20
@@ -80,26 +83,6 @@ def test_the_newest_checkpoint_is_what_has_to_fit(tmp_path: Path) -> None:
     assert "alone it takes" in found["read speed"].text
 
 
-def test_files_of_other_attempts_are_not_counted(tmp_path: Path) -> None:
-    root = saved(tmp_path / "run")
-    before = newest_in(LocalStore(root))
-    (root / "step-00000003" / "rank-00000-0123456789abcdef.safetensors").write_bytes(bytes(MIB))
-    assert newest_in(LocalStore(root)) == before
-
-
-def test_a_checkpoint_that_has_a_place_to_itself(tmp_path: Path) -> None:
-    shardckpt.save(tmp_path / "one", {"own": torch.zeros(10)})
-    assert look(machine(tmp_path / "one"))["newest checkpoint"].text.endswith("by 1 rank")
-
-
-def test_a_damaged_checkpoint_is_a_problem_and_the_rest_is_looked_at(tmp_path: Path) -> None:
-    root = saved(tmp_path / "run")
-    flip(root / "step-00000003" / "manifest.json", 100)
-    found = look(machine(root))
-    assert (found["newest checkpoint"].status, found["newest checkpoint"].values) == ("problem", {"error": "InvalidManifest"})
-    assert found["free space"].status == found["write speed"].status == "ok"
-
-
 def test_a_directory_of_other_things(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     found = look(machine(tmp_path))["newest checkpoint"]
@@ -123,6 +106,19 @@ def test_a_directory_that_may_not_be_listed(tmp_path: Path) -> None:
     found = look(machine(tmp_path, fs=Closed(blocks=1 << 30, free=1 << 29, files=0, free_files=0)))["newest checkpoint"]
     assert (found.status, found.text) == ("problem", f"cannot list '{tmp_path}': Permission denied (EACCES)")
     assert "check owner and mode" in found.remedy
+
+
+def test_a_new_file_system_of_another_user(tmp_path: Path) -> None:
+    class Fresh(Sized):
+        def listdir(self, path: str) -> list[str]:
+            if path.endswith("lost+found"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return super().listdir(path)
+
+    (tmp_path / "lost+found").mkdir()
+    found = look(machine(tmp_path, fs=Fresh(blocks=1 << 30, free=1 << 29, files=0, free_files=0)))["newest checkpoint"]
+    assert found.status == "problem"
+    assert found.remedy == f"choose a directory below, such as {tmp_path}/run"
 
 
 class Counted(Sized):
@@ -157,11 +153,55 @@ def test_what_is_no_place_for_checkpoints(tmp_path: Path, root: str, said: str) 
     assert said in found["storage"].text + found["storage"].remedy
 
 
-def test_other_stores() -> None:
+def test_the_memory_of_a_process() -> None:
     found = look(machine("memory://doctor"))
-    assert found["storage"].text == "memory://doctor, which is no file system"
+    assert found["storage"].status == "warning"
+    assert found["storage"].text == "memory://doctor, in the memory of a process: gone when that ends"
     assert "free space" not in found
     assert found["write speed"].status == "ok"
+
+
+def test_a_store_that_does_not_answer_is_not_tried() -> None:
+    class Silent(MemoryStore):
+        def list(self, prefix: str = "") -> Sequence[Entry]:
+            raise StoreError("cannot list: operation timed out; try again", transient=True)
+
+    found = {finding.check: finding for finding in check_root(machine(None), Silent("doctor"))}
+    assert list(found) == ["storage", "newest checkpoint"]
+    assert (found["newest checkpoint"].status, found["newest checkpoint"].remedy) == ("problem", "try again")
+
+
+def test_slow_object_stores_are_no_disks() -> None:
+    slow = dataclasses.replace(FINE, speed=Speed(16 * MIB, 0.05e9, 2e9))
+    found = look(machine("memory://doctor", slow))["write speed"]
+    assert found.status == "warning"
+    assert "network to the service" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("root", "kind", "blocks", "available", "free", "tried"),
+    [
+        (None, "tmpfs", 1 << 30, 100 * MIB, 100 * MIB, 25 * MIB),
+        (None, "tmpfs", 1 << 30, None, 4096 << 29, 256 * MIB),
+        (None, "ramfs", 0, 100 * MIB, 100 * MIB, 25 * MIB),
+        (None, "ext4", 1 << 30, 100 * MIB, 4096 << 29, 256 * MIB),
+        ("memory://doctor", "ext4", 1 << 30, 100 * MIB, None, 25 * MIB),
+    ],
+)
+def test_what_lies_in_memory_has_no_more_room_than_that(
+    tmp_path: Path, root: str | None, kind: str, blocks: int, available: int | None, free: int | None, tried: int
+) -> None:
+    most = []
+
+    def try_store(store: Store, nbytes: int, fs: FileSystem) -> Trial:
+        most.append(nbytes)
+        return FINE
+
+    fs = Sized(blocks=blocks, free=1 << 29, files=0, free_files=0)
+    subject = machine(root or tmp_path, mount=Mount("/", "none", kind, ("rw",)), fs=fs, available_memory=lambda: available)
+    found = look(dataclasses.replace(subject, try_store=try_store))
+    assert most == [tried]
+    assert (found["free space"].values["free"] if "free space" in found else None) == free
 
 
 # ---- verdicts
@@ -176,6 +216,7 @@ def test_other_stores() -> None:
         ("nfs4", ("rw", "soft"), "warning", "mounted with soft: writes fail for good"),
         ("ext4", ("rw", "barrier=0"), "warning", "mounted with barrier=0: a flush does not reach the device"),
         ("overlay", ("rw", "volatile"), "warning", "mounted with volatile: flushes do nothing"),
+        ("overlay", ("rw", "fsync=volatile"), "warning", "mounted with fsync=volatile: flushes do nothing"),
         ("overlay", ("rw",), "warning", "gone when that is removed"),
         ("tmpfs", ("rw",), "warning", "gone when the machine restarts"),
         ("proc", ("rw",), "problem", "which holds no files"),
@@ -204,6 +245,8 @@ def test_a_file_system_that_is_not_told_of_is_no_fault() -> None:
         (100 * GB, 3, None, "problem", "only 3 more files"),
         (100 * GB, None, None, "ok", "100 GB of 1 TB"),
         (GB, None, None, "warning", "1 GB of 1 TB"),
+        (64 * MIB, None, None, "warning", "67.1 MB of 1 TB"),
+        (64 * MIB - 1, None, None, "problem", "67.1 MB of 1 TB: no checkpoint of a model fits"),
         (0, 0, None, "problem", "0 B of 1 TB"),
     ],
 )
@@ -396,6 +439,34 @@ def test_what_was_typed_wrongly_is_wrong_usage(arguments: list[str], said: str) 
     assert done.status == 2
     assert said in done.err
     assert "\x1b[31m" not in done.err
+
+
+def doctor_process(program: str, **settings: str) -> dict[str, dict[str, Any]]:
+    """The checks of a doctor that a program calls, in a process with these settings in its environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("AWS_")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{program}"], env={**kept, **settings}, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout, done.stderr
+    return {check["check"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+DOCTOR = "from shardckpt.cli.app import cli_main\ncli_main(['doctor', 's3://bucket/doctor', '--json'])"
+
+
+def test_what_is_not_installed_is_a_problem_of_the_machine() -> None:
+    checks = doctor_process(f"sys.modules['obstore'] = None\n{DOCTOR}")
+    assert checks["storage"]["status"] == "problem"
+    assert checks["storage"]["text"] == "'s3://bucket/doctor' needs the package obstore, which is not installed"
+    assert checks["storage"]["remedy"] == "pip install 'shardckpt[cloud]'"
+    assert {"versions", "host memory", "rendezvous"} <= set(checks)
+
+
+def test_an_object_store_over_plain_http() -> None:
+    pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    checks = doctor_process(DOCTOR, AWS_ENDPOINT_URL="http://127.0.0.1:1", **keys)
+    assert checks["newest checkpoint"]["remedy"].startswith("plain http is refused: set AWS_ALLOW_HTTP=true")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,12 @@ class Card:
     """Uncorrected, of all memories."""
     at: dict[int, int] = field(default_factory=dict)
     """Uncorrected errors by memory, where these can be asked for."""
+    ecc: tuple[int, int] = (1, 1)
+    """Whether it is on, now and after the next reset."""
+    remapped: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Rows that had errors which could be corrected, or could not; whether one is pending; whether one has failed."""
+    retiring: int | None = None
+    """Whether the retirement of a page is pending; None for a card that remaps rows."""
     parent: Card | None = None
     refuses: dict[str, int] = field(default_factory=dict)
     """Error codes of functions that do not work for it."""
@@ -63,11 +70,14 @@ class Driver:
         return len([card for card in self.cards if card.parent is None])
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Card:
-        self._check("nvmlDeviceGetHandleByIndex")
-        return [card for card in self.cards if card.parent is None][index]
+        card = [card for card in self.cards if card.parent is None][index]
+        self._check("nvmlDeviceGetHandleByIndex", card)
+        return card
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Card:
         self._check("nvmlDeviceGetHandleByUUID")
+        if any(pynvml.NVML_ERROR_GPU_IS_LOST in card.refuses.values() for card in self.cards):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         for card in self.cards:
             if card.uuid == uuid:
                 return card
@@ -131,6 +141,22 @@ class Driver:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return card.at[place]
 
+    def nvmlDeviceGetEccMode(self, card: Card) -> list[int]:
+        self._check("nvmlDeviceGetEccMode", card)
+        return list(card.ecc)
+
+    def nvmlDeviceGetRemappedRows(self, card: Card) -> tuple[int, int, int, int]:
+        self._check("nvmlDeviceGetRemappedRows", card)
+        if card.retiring is not None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return card.remapped
+
+    def nvmlDeviceGetRetiredPagesPendingStatus(self, card: Card) -> int:
+        self._check("nvmlDeviceGetRetiredPagesPendingStatus", card)
+        if card.retiring is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return card.retiring
+
     def _check(self, function: str, card: Card | None = None) -> None:
         self.calls.append(function)
         code = self.gone if card is None or self.gone is not None else card.refuses.get(function)
@@ -146,8 +172,17 @@ def _bits(numbers: tuple[int, ...], words: int) -> list[int]:
 class Cuda:
     """Looks like torch.cuda, on a machine whose CUDA devices have these UUIDs, in this order."""
 
-    def __init__(self, *uuids: str, current: int = 0, error: Exception | None = None, initialized: bool = False) -> None:
+    def __init__(
+        self,
+        *uuids: str,
+        current: int = 0,
+        error: Exception | None = None,
+        broken: Mapping[int, Exception] | None = None,
+        initialized: bool = False,
+    ) -> None:
+        """``error`` comes of every device, those in ``broken`` of the devices with these numbers."""
         self.uuids = uuids
+        self._broken = broken or {}
         self._initialized = initialized
         self._current = current
         self._error = error
@@ -167,4 +202,6 @@ class Cuda:
     def get_device_properties(self, index: int) -> Any:
         if self._error is not None:
             raise self._error
+        if index in self._broken:
+            raise self._broken[index]
         return SimpleNamespace(uuid=self.uuids[index], name="NVIDIA H100 80GB HBM3", total_memory=80 * GIB)

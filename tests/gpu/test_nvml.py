@@ -9,11 +9,22 @@ import pynvml
 import pytest
 import torch
 
-from shardckpt.gpu.nvml import GPU, Link, Nvml, gpu_of, local_nvml, read_numa_node
+from shardckpt.gpu.nvml import (
+    GPU,
+    Failure,
+    Link,
+    MemoryHealth,
+    Nvml,
+    Reply,
+    gpu_of,
+    local_nvml,
+    read_numa_node,
+    spellings,
+)
 from tests.gpu.driver import GIB, Card, Cuda, Driver
 
 A, B = "11111111-2222-3333-4444-555555555555", "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
-NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+NOT_SUPPORTED, LOST = pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_GPU_IS_LOST
 
 
 def nvml_of(driver: Driver, node: int | None = 1) -> Nvml:
@@ -174,6 +185,72 @@ def test_counts_keep_coming_from_the_counter_that_worked_first() -> None:
     assert nvml.uncorrected_errors(f"GPU-{A}") is None
 
 
+# ---- GPUs that do not answer
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "is_absence", "is_refusal"),
+    [
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "LibraryNotFound", True, False),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "NoPermission", False, True),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "LibRmVersionMismatch", False, False),
+        (12345, "", False, False),
+    ],
+)
+def test_why_there_is_nothing_to_ask(code: int, kind: str, is_absence: bool, is_refusal: bool) -> None:
+    failure = Nvml(Driver(init=code)).failure
+    assert failure is not None
+    assert (failure.kind, failure.is_absence, failure.is_refusal) == (kind, is_absence, is_refusal)
+    assert failure.reason
+
+
+def test_a_lost_gpu_is_called_and_hides_no_other() -> None:
+    lost = Card(f"GPU-{A}", bus_id="00000000:5D:00.0", refuses={"nvmlDeviceGetHandleByIndex": LOST})
+    nvml = nvml_of(Driver(lost, Card(f"GPU-{B}", errors=3)))
+    silence = Failure(kind="GpuIsLost", reason="GPU is lost")
+    assert nvml.roll_call() == [
+        Reply(number=0, uuid=None, bus_id=None, failure=silence),
+        Reply(number=1, uuid=f"GPU-{B}", bus_id="0000:3b:00.0", failure=None),
+    ]
+    assert nvml.uuids() == [f"GPU-{B}"]
+    assert nvml.describe(f"GPU-{A}") is None
+    assert nvml.uncorrected_errors(f"GPU-{B}") == 3
+    lost.refuses = {"nvmlDeviceGetUUID": LOST}
+    assert nvml.roll_call()[0] == Reply(number=0, uuid=None, bus_id="0000:5d:00.0", failure=silence)
+
+
+# ---- what a GPU remembers of errors of its memory
+
+
+@pytest.mark.parametrize(
+    ("card", "health"),
+    [
+        (Card(f"GPU-{A}"), (True, True, False, False)),
+        (Card(f"GPU-{A}", ecc=(0, 1)), (False, True, False, False)),
+        (Card(f"GPU-{A}", remapped=(0, 1, 1, 0)), (True, True, False, True)),
+        (Card(f"GPU-{A}", remapped=(0, 8, 0, 1)), (True, True, True, False)),
+        (Card(f"GPU-{A}", retiring=1), (True, True, None, True)),
+        (Card(f"GPU-{A}", retiring=0), (True, True, None, False)),
+        (Card(f"GPU-{A}", refuses={"nvmlDeviceGetEccMode": NOT_SUPPORTED}), (None, None, False, False)),
+        (Card(f"GPU-{A}", refuses={"nvmlDeviceGetRemappedRows": NOT_SUPPORTED}), (True, True, None, None)),
+    ],
+    ids=["sound", "off", "pending", "failed", "page pending", "pages", "no ecc", "no repair"],
+)
+def test_what_a_gpu_remembers(card: Card, health: tuple[bool | None, ...]) -> None:
+    found = nvml_of(Driver(card)).memory_health(f"GPU-{A}")
+    assert (found.ecc, found.next_ecc, found.beyond_repair, found.repair_pending) == health
+
+
+def test_an_unknown_gpu_remembers_nothing() -> None:
+    unknown = MemoryHealth(ecc=None, next_ecc=None, beyond_repair=None, repair_pending=None)
+    assert nvml_of(Driver()).memory_health(f"GPU-{A}") == unknown
+    assert Nvml(Driver(init=pynvml.NVML_ERROR_UNKNOWN)).memory_health(f"GPU-{A}") == unknown
+
+
+def test_a_slice_has_the_memory_of_the_whole() -> None:
+    assert nvml_of(mig(remapped=(0, 8, 0, 1))).memory_health(f"MIG-{B}").beyond_repair is True
+
+
 # ---- MIG
 
 
@@ -250,7 +327,19 @@ def test_a_cpu_is_no_gpu_and_nobody_is_asked() -> None:
     assert driver.calls == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Cannot re-initialize CUDA in forked subprocess"), AssertionError("no CUDA")])
+def test_names_that_a_device_may_have() -> None:
+    assert spellings(A, {}) == [f"GPU-{A}", f"MIG-{A}"]
+    assert spellings(A, {"CUDA_VISIBLE_DEVICES": f"MIG-{B},GPU-{A}"})[0] == f"MIG-{B}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Cannot re-initialize CUDA in forked subprocess"),
+        AssertionError("no CUDA"),
+        torch.cuda.DeferredCudaCallError("CUDA call failed lazily"),
+    ],
+)
 def test_a_torch_that_does_not_tell(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "shardckpt"):
         assert gpu_of(torch.device("cuda", 0), nvml_of(Driver()), Cuda(A, error=error), environ={}) is None

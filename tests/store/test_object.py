@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -231,6 +233,62 @@ def test_urls_that_make_no_sense_are_refused() -> None:
     pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
     with pytest.raises(ConfigError, match="az://container/path"):
         open_store("az://container-without-account/path")
+
+
+# ---- settings of the environment
+
+
+def run_with(program: str, **settings: str) -> str:
+    """What a program prints that has these in its environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("AWS_")}
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={**kept, **keys, **settings}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_http_is_refused_until_the_environment_allows_it(s3_endpoint: str) -> None:
+    program = (
+        "from shardckpt.errors import StoreError\n"
+        "from shardckpt.store import open_store\n"
+        f"store = open_store('s3://bucket/{uuid.uuid4().hex}')\n"
+        "try:\n"
+        "    store.put_if_absent('file', b'data')\n"
+        "    print(store.get('file', 10))\n"
+        "except StoreError as error: print(error, error.details.get('transient'))\n"
+    )
+    assert run_with(program, AWS_ENDPOINT_URL=s3_endpoint, AWS_ALLOW_HTTP="true") == "b'data'\n"
+    refused = run_with(program, AWS_ENDPOINT_URL=s3_endpoint)
+    assert "plain http is refused: set AWS_ALLOW_HTTP=true, or use https None" in refused
+
+
+def test_the_environment_counts_more_than_what_is_chosen_here() -> None:
+    pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
+    from shardckpt.store.object import client_options
+
+    ours = client_options("gs://bucket/run", 15.0, {"AWS_ALLOW_HTTP": "true", "GOOGLE_PROXY_URL": ""})
+    assert {name: value.total_seconds() for name, value in ours.items()} == {"connect_timeout": 5.0, "timeout": 15.0}  # type: ignore[attr-defined]
+    theirs = client_options("az://container/run", 15.0, {"AZURE_PROXY_URL": "http://proxy", "AZURE_TIMEOUT": "1s"})
+    assert (theirs["proxy_url"], theirs["timeout"]) == ("http://proxy", "1s")
+    assert set(client_options("s3://bucket", 1.0, {"AWS_ALLOW_HTTP": "1"})) == {"allow_http", "connect_timeout", "timeout"}
+
+
+def test_a_service_that_does_not_answer_is_given_up() -> None:
+    program = (
+        "import time\n"
+        "from shardckpt.errors import StoreError\n"
+        "from shardckpt.store.object import ObjectStore\n"
+        "begun = time.monotonic()\n"
+        "try: ObjectStore('s3://bucket/run', patience=0.5).list()\n"
+        "except StoreError as error: print(error.details['transient'], time.monotonic() - begun < 20)\n"
+    )
+    pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert run_with(program, AWS_ENDPOINT_URL=endpoint, AWS_ALLOW_HTTP="true") == "True True\n"
 
 
 def test_without_the_extra_the_error_says_how_to_get_it() -> None:

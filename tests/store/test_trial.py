@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardckpt.errors import NotACheckpointRoot, StorageFull, StoreError
@@ -22,6 +24,7 @@ from shardckpt.store.trial import (
     has_links,
     measure_speed,
     nearest_directory,
+    remove_leftovers,
     seconds_to_flush,
     space_in,
     try_store,
@@ -198,6 +201,22 @@ class Liar(FaultyFileSystem):
         return count
 
 
+def test_a_file_of_more_pieces_than_there_are_buffers(tmp_path: Path) -> None:
+    seen = set()
+
+    class Watched(FaultyFileSystem):
+        def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            seen.add((np.frombuffer(buffers[0], np.uint8).ctypes.data, len(buffers[0])))
+            return super().preadv(fd, buffers, offset)
+
+    ticks = itertools.count(step=0.1)
+    speed = measure_speed(LocalStore(tmp_path, Watched()), 54 * MIB, lambda: next(ticks))
+    assert speed.nbytes == 54 * MIB
+    # two rounds, each of which is timed alone
+    assert speed.read == pytest.approx(54 * MIB / 0.2)
+    assert len([address for address, length in seen if length == 4 * MIB]) <= 12 + 4
+
+
 def test_a_device_that_returns_other_bytes(tmp_path: Path) -> None:
     with pytest.raises(
         StoreError, match="returns other bytes than were written to it a moment ago, from byte 4194304"
@@ -230,3 +249,40 @@ def test_what_a_killed_trial_leaves_is_known_to_prunes(tmp_path: Path) -> None:
     assert len(left) == 2
     assert all(map(is_temporary, left))
     assert [entry.name for entry in Root(LocalStore(tmp_path)).look().strays] == left
+
+
+def test_what_a_killed_trial_leaves_goes_with_a_later_one(tmp_path: Path) -> None:
+    names = [
+        "probe.0123abcd.tmp",
+        "probe.89abcdef.tmp",
+        "probe.0123abcd.tmp.x",
+        "probe.0123abc.tmp",
+        "manifest.json.89abcdef.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000, 1000))
+    os.utime(tmp_path / "probe.89abcdef.tmp", (2000, 2000))
+    (tmp_path / "probe.00000000.tmp").mkdir()
+    (tmp_path / "probe.11111111.tmp").symlink_to("manifest.json")
+    remove_leftovers(str(tmp_path), clock=lambda: 1000 + 3601)
+    left = {"probe.00000000.tmp", "probe.11111111.tmp", *names[1:]}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    try_store(LocalStore(tmp_path), MIB)
+    assert {path.name for path in tmp_path.iterdir()} == left - {"probe.89abcdef.tmp"}
+
+
+def test_leftovers_of_others_and_those_that_cannot_be_removed_stay(tmp_path: Path) -> None:
+    class Foreign(FileSystem):
+        def lstat(self, path: str) -> os.stat_result:
+            found = list(super().lstat(path))
+            found[stat.ST_UID] += 1
+            return os.stat_result(found)
+
+    path = tmp_path / "probe.0123abcd.tmp"
+    path.touch()
+    os.utime(path, (1000, 1000))
+    remove_leftovers(str(tmp_path), Foreign())
+    remove_leftovers(str(tmp_path), FaultyFileSystem().fail_always("unlink", errno.EACCES))
+    remove_leftovers(str(tmp_path / "missing"))
+    assert path.exists()
