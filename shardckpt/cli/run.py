@@ -66,7 +66,8 @@ def run(
     SHARDCKPT_RUN, or else --rdzv-id, or else one for all that uses the root. So start what uses it beside the run, such as an
     evaluation, with SHARDCKPT_RUN=none.
 
-    The agent at --rdzv-endpoint is the only one whose loss ends the job; `shardckpt rendezvous` takes its place.
+    A process that dies, or leaves on a signal to another node, is one of --max-restarts for each agent whose processes end with
+    it. The agent at --rdzv-endpoint is the only one whose loss ends the job; `shardckpt rendezvous` takes its place.
     """
     if not context.obj:
         raise ConfigError("write -- before the script: shardckpt run --nproc-per-node 2 -- train.py ...")
