@@ -146,7 +146,7 @@ def test_a_job_that_ends_by_itself_keeps_its_status_and_is_not_requeued(tmp_path
     assert cluster.requeued == []
     printed = log.read_text()
     for option in ("--nnodes=1:2", "--nproc-per-node=1", "--rdzv-id=7-2"):
-        assert len(re.findall(f"^agent run .* {option} ", printed, re.MULTILINE)) == 2
+        assert len(re.findall(f"^agent run.* {option} ", printed, re.MULTILINE)) == 2
     # starts of a job that was requeued are starts of one run, of which only the newest may save
     assert printed.count(" -- mine.py --lr 1; train\n") == 2
     # at the node of the script, and in no agent: each of their nodes may fail

@@ -50,9 +50,19 @@ class Job:
         self._cut[number] = self._agents.pop(number)
         self.network.cut(number)
 
+    def heal(self, number: int) -> None:
+        """Put its cable in again. Its agent joins the others, or has given up meanwhile; then it is started again."""
+        self.network.heal(number)
+        agent = self._cut.pop(number)
+        self.until(lambda: agent.poll() is not None or self._is_training(3))
+        if agent.poll() is None:
+            self._agents[number] = agent
+        else:
+            self.join(number)
+
     def leave(self, number: int) -> None:
         """Kill a node, and start it again without its agent."""
-        agent = self._agents.pop(number, None) or self._cut.pop(number)
+        agent = self._agents.pop(number)
         self.network.kill(number)
         agent.wait(60)
         self.network.boot(number)
@@ -75,13 +85,12 @@ class Job:
 
     def until_training(self, ranks: int) -> None:
         """Wait until the newest start is one of so many ranks, and has saved."""
+        self.until(lambda: self._is_training(ranks))
 
-        def is_training() -> bool:
-            count = begun(self.directory)
-            newest = read_start(self.directory, count - 1) if count else None
-            return newest is not None and newest.ranks == ranks and bool(newest.saved)
-
-        self.until(is_training)
+    def _is_training(self, ranks: int) -> bool:
+        count = begun(self.directory)
+        newest = read_start(self.directory, count - 1) if count else None
+        return newest is not None and newest.ranks == ranks and bool(newest.saved)
 
     def ambush(self, name: str, phase: str, ranks: int) -> Path:
         """Have the next save of three ranks stopped in a phase; returns when so many ranks are at the gate."""
@@ -131,25 +140,26 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def test_nodes_that_die_in_a_save_and_come_back(job: Job) -> None:
     job.until_training(3)
-    # phase, how many ranks come to it, which node goes, and whether its cable goes first, so that nobody hears of its end
-    for phase, ranks, victim, silently in (("writing", 3, 2, False), ("commit", 1, 0, False), ("receipt", 3, 1, True)):
+    # phase, how many ranks come to it, which node goes, and whether it is only its cable: then its processes live on
+    for phase, ranks, victim, is_cut in (("writing", 3, 2, False), ("commit", 1, 0, False), ("receipt", 3, 1, True)):
         place = job.ambush(phase, phase, ranks)
         step = int(place.name)
-        if silently:
+        if is_cut:
             job.cut(victim)
         else:
             job.leave(victim)
         (place / f"{phase}.open").touch()
-        left = [rank for rank in range(3) if rank != victim or silently]
+        left = [rank for rank in range(3) if rank != victim or is_cut]
         job.until(lambda place=place, left=left: all((place / f"named-{rank}").exists() for rank in left))  # type: ignore[misc]
         named = {rank: json.loads((place / f"named-{rank}").read_text()) for rank in left}
         assert named == {rank: [0] if rank == victim else [victim] for rank in left}
         assert not list((job.directory / "run" / f"step-{step:08}").glob("manifest.json"))
         (place / "told.open").touch()
         job.until_training(2)
-        if silently:
-            job.leave(victim)
-        job.join(victim)
+        if is_cut:
+            job.heal(victim)
+        else:
+            job.join(victim)
         job.until_training(3)
     job.end()
     starts, proof = prove_directory(job.directory)
