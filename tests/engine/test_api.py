@@ -51,7 +51,9 @@ def check_equal(loaded: Any, saved: Any, path: str = "") -> None:
 
 def rich_state() -> dict[str, Any]:
     """Tensors of every dtype and odd shapes, containers of all kinds, and values."""
-    dtypes = {name: [random_tensor(name, shape, at) for at, shape in enumerate(SHAPES)] for name in ITEMSIZE}
+    dtypes = {
+        name: [random_tensor(name, shape, at) for at, shape in enumerate(SHAPES)] for name in ITEMSIZE if hasattr(torch, name)
+    }
     base = torch.randn(6, 8)
     return {
         "dtypes": dtypes,

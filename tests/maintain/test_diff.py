@@ -146,7 +146,12 @@ def test_damage_is_an_error(tmp_path: Path) -> None:
         diff(opened(tmp_path / "a"), opened(tmp_path / "b"))
 
 
-@given(st.sampled_from(sorted(ITEMSIZE)), st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(0, 1000))
+@given(
+    st.sampled_from(sorted(name for name in ITEMSIZE if hasattr(torch, name))),
+    st.integers(0, 40),
+    st.sets(st.integers(0, 39)),
+    st.integers(0, 1000),
+)
 def test_every_dtype_is_compared_bit_by_bit(dtype: str, numel: int, changed: set[int], seed: int) -> None:
     a = np.random.default_rng(seed).integers(0, 256, numel * ITEMSIZE[dtype], dtype=np.uint8)
     b = a.copy()
