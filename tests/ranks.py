@@ -44,7 +44,7 @@ import pytest
 MAX_RANKS = 8
 # Forked ranks start with these in memory; anything a test module imports on top is paid once per process.
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
-_MANY_THREADS = 24
+_MANY_THREADS, _TOO_MANY_THREADS = 24, 64
 _PR_SET_PDEATHSIG = 1
 _STACK_DUMP_SECONDS = 0.5
 
@@ -152,8 +152,8 @@ class RankPool:
                 worker.kill()
             raise
         finally:
-            if fresh:
-                for worker in workers:
+            for worker in workers:
+                if fresh or worker.threads() > _TOO_MANY_THREADS:
                     worker.kill()
 
     def close(self) -> None:
@@ -187,6 +187,13 @@ class _Worker:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-20_000:]
+
+    def threads(self) -> int:
+        """How many it has by now: those of gloo's groups wake up a hundred times a second, and DeepSpeed keeps its groups."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        except FileNotFoundError:
+            return 0
 
     def kill(self) -> None:
         self.process.kill()
@@ -320,7 +327,7 @@ def _play(case: _Case, store: Any) -> bytes:
         if dist.is_initialized():
             dist.destroy_process_group()
         if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
-            # Modules of FSDP are in cycles with groups, whose threads wake up a hundred times a second each.
+            # modules of FSDP are in cycles with their groups
             gc.collect()
         os.environ.clear()
         os.environ.update(before)
