@@ -152,8 +152,9 @@ class RankPool:
                 worker.kill()
             raise
         finally:
-            for worker in workers:
-                if fresh or worker.threads() > _TOO_MANY_THREADS:
+            # all or none: torch counts groups, and names them by that
+            if fresh or any(worker.threads() > _TOO_MANY_THREADS for worker in workers):
+                for worker in pool:
                     worker.kill()
 
     def close(self) -> None:
