@@ -14,7 +14,6 @@ import re
 import secrets
 import stat
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -149,17 +148,25 @@ def try_store(store: Store, most: int, fs: FileSystem = OPERATING_SYSTEM) -> Tri
     return Trial(store.takes_direct(), has_links(store.url, fs), seconds_to_flush(store.url, fs), speed)
 
 
-def remove_leftovers(directory: str, fs: FileSystem = OPERATING_SYSTEM, clock: Clock = time.time) -> None:
-    """Remove what this user's trials that were killed more than an hour ago have left in a directory, as far as it may."""
+def remove_leftovers(directory: str, fs: FileSystem = OPERATING_SYSTEM) -> None:
+    """Remove what this user's trials that were killed more than an hour ago have left in a directory, as far as it may.
+
+    By the clock of the storage, which a file that is written now tells.
+    """
     leaves: Sequence[str] = ()
     with suppress(OSError):
         leaves = fs.listdir(directory)
-    for path in (os.path.join(directory, leaf) for leaf in leaves if _SCRATCH.match(leaf)):
-        with suppress(OSError):
-            status = fs.lstat(path)
-            is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-            if is_ours and status.st_mtime < clock() - _ABANDONED_SECONDS:
-                fs.unlink(path)
+    old = [os.path.join(directory, leaf) for leaf in leaves if _SCRATCH.match(leaf)]
+    if not old:
+        return
+    with suppress(StoreError), _scratch_file(directory, fs) as (new, _):
+        now = fs.lstat(new).st_mtime
+        for path in old:
+            with suppress(OSError):
+                status = fs.lstat(path)
+                is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+                if is_ours and status.st_mtime < now - _ABANDONED_SECONDS:
+                    fs.unlink(path)
 
 
 def has_links(directory: str, fs: FileSystem = OPERATING_SYSTEM) -> bool:

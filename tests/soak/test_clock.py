@@ -29,7 +29,6 @@ MAY_LOOK: Final = {
     "shardckpt.journal": "sweeps markers of saves, which only people read",
     "shardckpt.maintain.listing": "tells for how long a save was silent",
     "shardckpt.cli.output": "prints ages",
-    "shardckpt.store.trial": "the age of what a killed doctor left behind, which is an hour at least",
     "shardckpt.store.memory": "stands for the clock of a storage, which is a `Store`'s own",
 }
 """Who may look at the clock on the wall, and why nothing that is promised depends on it."""

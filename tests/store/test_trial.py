@@ -262,12 +262,14 @@ def test_what_a_killed_trial_leaves_goes_with_a_later_one(tmp_path: Path) -> Non
     for name in names:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000, 1000))
-    os.utime(tmp_path / "probe.89abcdef.tmp", (2000, 2000))
+    young = (tmp_path / "probe.89abcdef.tmp").stat().st_ctime - 3500
+    os.utime(tmp_path / "probe.89abcdef.tmp", (young, young))
     (tmp_path / "probe.00000000.tmp").mkdir()
     (tmp_path / "probe.11111111.tmp").symlink_to("manifest.json")
-    remove_leftovers(str(tmp_path), clock=lambda: 1000 + 3601)
+    remove_leftovers(str(tmp_path))
     left = {"probe.00000000.tmp", "probe.11111111.tmp", *names[1:]}
     assert {path.name for path in tmp_path.iterdir()} == left
+    os.utime(tmp_path / "probe.89abcdef.tmp", (1000, 1000))
     try_store(LocalStore(tmp_path), MIB)
     assert {path.name for path in tmp_path.iterdir()} == left - {"probe.89abcdef.tmp"}
 
