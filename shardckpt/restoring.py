@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -185,7 +184,7 @@ class Restoring:
             return b""
 
         # by all ranks, which costs next to nothing where there is nothing
-        self.coordinator.round("restore: find nothing", partial(_newest_in, self.store), compare)
+        self.coordinator.round("restore: find nothing", lambda: msgspec.msgpack.encode(Root(self.store).steps()[-1:]), compare)
 
     def _find_damaged(self, steps: Set[int]) -> dict[int, str]:
         """Those of ``steps`` whose restore has failed before, with the manifest that they have now, and why."""
@@ -211,10 +210,6 @@ class Restoring:
         """What is restored now was not damaged, or is no longer."""
         if self.coordinator.rank == 0 and selection.keys is None:
             FailedRestores(self.store).forget(step)
-
-
-def _newest_in(store: Store) -> bytes:
-    return msgspec.msgpack.encode(Root(store).steps()[-1:])
 
 
 def is_damage(error: CheckpointError) -> bool:
