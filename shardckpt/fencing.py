@@ -37,14 +37,13 @@ from .coordinate import Coordinator
 from .errors import AlreadyExists, StoreError, Superseded
 from .manifest import MANIFEST_NAME, step_directory
 from .pruning import Pruner
-from .root import Root
+from .root import FENCE_DIRECTORY, Root
 from .store import Store
 
 logger = logging.getLogger("shardckpt")
 
-DIRECTORY = ".fences"
 _DIGITS = 8
-_NAME = re.compile(rf"{re.escape(DIRECTORY)}/([0-9a-f]{{{_DIGITS}}})-([0-9a-f]{{{_DIGITS}}})\Z", re.ASCII)
+_NAME = re.compile(rf"{re.escape(FENCE_DIRECTORY)}/([0-9a-f]{{{_DIGITS}}})-([0-9a-f]{{{_DIGITS}}})\Z", re.ASCII)
 _STAMPED = re.compile(rf"([0-9a-f]{{{_DIGITS}}})([0-9a-f]{{{_DIGITS}}})[0-9a-f]{{{2 * _DIGITS}}}\Z", re.ASCII)
 
 
@@ -112,15 +111,22 @@ class Fencing:
 def raise_fence(store: Store, run: str) -> Fence:
     """Begin the next generation of a run. Raises `StoreError`."""
     digest = hashlib.sha256(run.encode()).hexdigest()[:_DIGITS]
+    claimed = 0
     while True:
         older = _generations(store, digest)
-        generation = max(older, default=0) + 1
+        generation = max(*older, claimed, 0) + 1
         if generation >= 16**_DIGITS:
             name = _mark(digest, generation - 1)
             raise StoreError(f"{name} in {store.url} is of the last start that can be counted: remove it", name=name)
         try:
             store.put_if_absent(_mark(digest, generation), b"")
         except AlreadyExists:
+            continue
+        except StoreError as error:
+            if "claim" not in error.details:
+                raise
+            # by a start that is dead, or so slow that it finds the next number put, and begins anew
+            claimed = generation
             continue
         if max(_generations(store, digest), default=0) > generation:
             # others were faster, by more than one number, so this one was free again
@@ -189,9 +195,9 @@ def _is_older(attempt: str, run: str, generation: int) -> bool:
 
 
 def _generations(store: Store, run: str) -> list[int]:
-    found = (_NAME.match(entry.name) for entry in store.list(DIRECTORY))
+    found = (_NAME.match(entry.name) for entry in store.list(FENCE_DIRECTORY))
     return [int(match[2], 16) for match in found if match is not None and match[1] == run]
 
 
 def _mark(run: str, generation: int) -> str:
-    return f"{DIRECTORY}/{run}-{generation:0{_DIGITS}x}"
+    return f"{FENCE_DIRECTORY}/{run}-{generation:0{_DIGITS}x}"

@@ -29,14 +29,14 @@ from .journal import DIRECTORY as JOURNAL
 from .journal import fresh_attempts
 from .manifest import MANIFEST_LIMIT, MANIFEST_NAME, STEP_PATTERN, step_directory
 from .options import GRACE_SECONDS, Retention
-from .root import CLOCK_DIRECTORY, Listing, Root, StepFiles, commit_times, removal_mark
+from .root import CLOCK_DIRECTORY, FENCE_DIRECTORY, Listing, Root, StepFiles, commit_times, removal_mark
 from .store import Entry, Store
 from .store.base import TEMPORARY_SUFFIX
 from .validate import parse_manifest
 
 logger = logging.getLogger("shardckpt")
 
-_OWN_DIRECTORIES = (JOURNAL, RESTORES, CLOCK_DIRECTORY)
+_OWN_DIRECTORIES = (JOURNAL, RESTORES, CLOCK_DIRECTORY, FENCE_DIRECTORY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

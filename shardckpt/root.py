@@ -15,9 +15,14 @@ from .store import Entry, Store, is_temporary
 
 CLOCK_DIRECTORY = ".clock"
 """Where files are put for a moment, to see what time the storage stamps on them."""
+FENCE_DIRECTORY = ".fences"
+"""Where the marks of a run's starts are."""
 _REMOVAL = re.compile(r"removing-([0-9a-f]{8,32})\.tmp(?:\.[0-9a-f]{8}\.tmp|\.claim\.tmp)?\Z", re.ASCII)
 _PARITY = re.compile(r"parity(?:-\d{5,9}-\d{5,9})?-([0-9a-f]{8,32})\.(?:xor|json)\Z", re.ASCII)
-_STRAY = re.compile(rf"((probe|{re.escape(MANIFEST_NAME)})\.[0-9a-f]{{8}}|{re.escape(CLOCK_DIRECTORY)}/[^/]+)\.tmp\Z", re.ASCII)
+_STRAY = re.compile(
+    rf"((probe|{re.escape(MANIFEST_NAME)})\.[0-9a-f]{{8}}|({re.escape(CLOCK_DIRECTORY)}|{re.escape(FENCE_DIRECTORY)})/[^/]+)\.tmp\Z",
+    re.ASCII,
+)
 
 
 def removal_mark(attempt: str) -> str:

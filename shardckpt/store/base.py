@@ -286,7 +286,8 @@ class Store(ABC):
 
         Of several racing writers exactly one wins; the others get `AlreadyExists` and change nothing.
         Outcomes that the storage leaves open (a reply that was lost) are settled here, by looking. After any
-        other error the name may or may not exist, and must not be reported as durable.
+        other error the name may or may not exist, and must not be reported as durable; a detail ``claim`` says that
+        it may be that of a writer that is slow or dead.
         """
 
     def put_if_allowed(self, name: str, data: bytes, allow: Callable[[], None]) -> None:

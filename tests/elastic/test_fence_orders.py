@@ -185,6 +185,22 @@ def test_who_is_killed_with_a_claim_blocks_the_next_start_of_nothing(tmp_path: P
     assert generation_of(LocalStore(root)) == 2
 
 
+def test_a_start_that_was_killed_with_the_claim_to_its_mark_is_followed_by_others(tmp_path: Path) -> None:
+    """Without hard links; the number that it claimed is no start's."""
+    a_root(tmp_path)
+    trial = WithoutLinks()
+    raise_fence(LocalStore(tmp_path, trial), RUN)
+    call = trial.names().index("rename")
+    with pytest.raises(Killed):
+        raise_fence(LocalStore(tmp_path, WithoutLinks().die_after(call)), RUN)
+    marks = {entry.name[-8:] for entry in LocalStore(tmp_path).list(".fences")}
+    assert "00000002" in marks
+    assert any(name.endswith("laim.tmp") for name in marks)
+    for generation in (4, 5):
+        plain = WithoutLinks()
+        assert raise_fence(LocalStore(tmp_path, plain, Publisher(plain, patience=0.0)), RUN).generation == generation
+
+
 class Overtaken(LocalStore):
     """A store in which two other starts begin between the listing of marks and a mark."""
 

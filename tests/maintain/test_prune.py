@@ -157,7 +157,8 @@ def test_temporary_files_and_empty_directories_go(tmp_path: Path) -> None:
     put(store, 5, A)
     old = [
         *(tmp_path / step_directory(5) / name for name in ("manifest.json.0123abcd.tmp", "manifest.json.claim.tmp")),
-        *(tmp_path / name for name in ("probe.0123abcd.tmp", ".clock/0123.tmp", ".saves", "step-00000006", "step-00000007")),
+        *(tmp_path / name for name in ("probe.0123abcd.tmp", ".clock/0123.tmp", ".fences/0-1.claim.tmp")),
+        *(tmp_path / name for name in (".saves", "step-00000006", "step-00000007")),
     ]
     others = [tmp_path / name for name in ("notes.tmp", ".git", "logs", "step-8", "step-00000009")]
     for path in [*old, *others]:
@@ -168,7 +169,7 @@ def test_temporary_files_and_empty_directories_go(tmp_path: Path) -> None:
             path.mkdir()
     now = storage_time(store)
     assert now is not None
-    for path in [*old, *others[:-1], tmp_path / ".clock"]:
+    for path in [*old, *others[:-1], tmp_path / ".clock", tmp_path / ".fences"]:
         os.utime(path, (now - HOUR, now - HOUR))
     plan = prune(store, dead_before=now - HOUR / 2)
     assert [(removal.what, removal.step) for removal in plan] == [
