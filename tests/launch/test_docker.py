@@ -30,6 +30,8 @@ COMPOSE = ROOT / "docker" / "compose.yaml"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
 NODES = {name: service for name, service in SERVICES.items() if name.startswith("node")}
 RULES = (ROOT / ".dockerignore").read_text()
+NO_BYTECODE = {"PIP_NO_COMPILE": "0"}
+"""Most of it would never be used here. pip takes the option to be one that is switched off."""
 
 
 def tool(name: str) -> Path:
@@ -167,7 +169,7 @@ def test_healthy_is_who_has_saved_lately(tmp_path: Path, age: int | None, status
 
 
 def require_that_it_trains(build: Build, root: str) -> None:
-    """The default command, a training of two steps and the healthcheck, as a container would run them."""
+    """The default command, a training of some steps and the healthcheck, as a container would run them."""
     assert len(build.ran) == sum(word == "RUN" and not re.search(build.skip, rest) for word, rest in parse(TEXT))
     environ = {**build.environ, "HEALTH_ROOT": root}
 
@@ -180,10 +182,10 @@ def require_that_it_trains(build: Build, root: str) -> None:
     pinned = re.search(r"^torch==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
     assert found["checks"][0]["values"]["torch"].split("+")[0] == pinned[1]
-    options = ["--root", root, "--steps=2", "--save-every=1"]
-    done = inside("torchrun", "--standalone", "--nproc-per-node=1", "launch/train_gpt.py", *options)
+    options = [f"--root={root}", "--standalone", "--nproc-per-node=1"]
+    done = inside("shardckpt", "run", *options, "--", "launch/elastic_train.py", str(Path(root).parent), "--steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "saved step 2" in done.stdout
+    assert build.outside(Path(root) / "step-00000002" / "manifest.json").exists()
     assert inside(*build.healthcheck).returncode == 0
 
 
@@ -192,8 +194,7 @@ def require_that_it_trains(build: Build, root: str) -> None:
 def test_the_steps_of_the_image_install_what_trains(tmp_path: Path) -> None:
     """The CPU build, in a directory, with torch from where pip finds it here. No user is made, and nothing is put into /."""
     moved = {"/opt/": f"{tmp_path}/opt/", "/checkpoints": f"{tmp_path}/checkpoints"}
-    # bytecode would only be compiled for one start
-    build = Build(ROOT, moved, {**os.environ, "PIP_NO_COMPILE": "1"}, skip="^useradd")
+    build = Build(ROOT, moved, {**os.environ, **NO_BYTECODE}, skip="^useradd")
     build.carry_out(TEXT)
     require_that_it_trains(build, f"{tmp_path}/checkpoints/run")
 
@@ -221,7 +222,7 @@ def test_the_steps_of_the_image_are_right_in_a_root_directory_of_their_own(tmp_p
     wanted = ["torch", "numpy", f"{ROOT}[cloud,demo]", "setuptools>=77"]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", f"--dest={wheels}"]
     subprocess.run([*pip, f"--constraint={ROOT}/launch/constraints.txt", *wanted], check=True)
-    environ = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", "PIP_NO_COMPILE": "1"}
+    environ = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", **NO_BYTECODE}
     environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
     build = InRoot(ROOT, {}, environ, root=root, shared=(wheels,))
     build.carry_out(TEXT)

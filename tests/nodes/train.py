@@ -40,7 +40,7 @@ class Start:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._model, self._optimizer = build()
         self._sampler = shardckpt.ElasticSampler(SAMPLES, BATCH, seed=1)
-        self._state = {"model": self._model, "optimizer": self._optimizer, "sampler": self._sampler}
+        self._state = {"model": self._model, "velocities": self._optimizer.velocities, "sampler": self._sampler}
         self._root = directory / "run"
 
     def train(self) -> None:
