@@ -43,7 +43,13 @@ import pytest
 
 MAX_RANKS = 8
 # Forked ranks start with these in memory; anything a test module imports on top is paid once per process.
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint.state_dict",
+]
 _MANY_THREADS, _TOO_MANY_THREADS = 24, 64
 _PR_SET_PDEATHSIG = 1
 _STACK_DUMP_SECONDS = 0.5

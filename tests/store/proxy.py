@@ -55,6 +55,7 @@ def running_proxy(endpoint: str) -> Iterator[Proxy]:
 
     class Handler(_Handler):
         server_address = urlsplit(endpoint).netloc
+        one_at_a_time = threading.Lock()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         proxy = Proxy(f"http://127.0.0.1:{server.server_port}")
@@ -72,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     proxy: Proxy
     server_address: str
+    one_at_a_time: threading.Lock
 
     def _relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -91,9 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server_address, timeout=20)
         try:
-            connection.request(self.command, self.path, body, dict(self.headers))
-            reply = connection.getresponse()
-            return reply.status, dict(reply.getheaders()), reply.read()
+            # the server keeps its uploads in what several threads at once make it stumble over, and answers with status 500
+            with self.one_at_a_time:
+                connection.request(self.command, self.path, body, dict(self.headers))
+                reply = connection.getresponse()
+                return reply.status, dict(reply.getheaders()), reply.read()
         finally:
             connection.close()
 
