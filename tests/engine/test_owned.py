@@ -63,6 +63,8 @@ def test_parameters_and_optimizer_state_are_owned_and_nothing_else() -> None:
 
 
 def test_state_in_lists_is_owned() -> None:
+    # from some weights it comes no further than to its first direction
+    torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=2)
 
