@@ -114,7 +114,7 @@ def raise_fence(store: Store, run: str) -> Fence:
     claimed = 0
     while True:
         older = _generations(store, digest)
-        generation = max(*older, claimed, 0) + 1
+        generation = max([*older, claimed]) + 1
         if generation >= 16**_DIGITS:
             name = _mark(digest, generation - 1)
             raise StoreError(f"{name} in {store.url} is of the last start that can be counted: remove it", name=name)
