@@ -299,12 +299,24 @@ def _serve(connection: multiprocessing.connection.Connection, port: int, log: st
 
     torch.set_num_threads(1)
     store = _connect(port, is_master=False)
+    # what is loaded stays, and need not be looked at each time that garbage is collected
+    gc.freeze()
+    threads = _MANY_THREADS
     while True:
         try:
             case: _Case = pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionError):
             return
-        connection.send_bytes(_play(case, store))
+        outcome = _play(case, store)
+        if _count_threads() > threads:
+            # modules of FSDP are in cycles with their groups
+            gc.collect()
+            threads = max(_MANY_THREADS, _count_threads())
+        connection.send_bytes(outcome)
+
+
+def _count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _play(case: _Case, store: Any) -> bytes:
@@ -333,9 +345,6 @@ def _play(case: _Case, store: Any) -> bytes:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
-            # modules of FSDP are in cycles with their groups
-            gc.collect()
         os.environ.clear()
         os.environ.update(before)
 
