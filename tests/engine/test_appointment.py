@@ -266,6 +266,11 @@ def wait_for_the_dead(victim: int) -> list[int]:
     pids: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     with joined(timeout=20.0 if victim == 0 else 2.0) as appointment:
+        # threads that ask are connected; who dials rank 0 when it is dead tries for long
+        appointment.request(f"rank {dist.get_rank()}")
+        connected: set[int] = set()
+        while len(connected) < dist.get_world_size():
+            connected |= {reason.rank for reason in call_until_agreed(appointment)[1]}
         meet("connected")
         if dist.get_rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
