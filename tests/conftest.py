@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,20 +24,37 @@ def ranks() -> Iterator[RankPool]:
         yield pool
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have tests that may take long begin first: else one worker is left with them when the others have nothing to do."""
-    items.sort(key=_may_take, reverse=True)
-
-
 def pytest_collection_finish() -> None:
     """All those tests stay to the end, and need not be looked at each time that garbage is collected."""
     gc.collect()
     gc.freeze()
 
 
-def _may_take(item: pytest.Item) -> float:
-    """Seconds that a slow test is given; those that are not slow are all alike, and stay in the order of their files."""
-    if item.get_closest_marker("slow") is None:
-        return 0.0
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests that may take long begin first: else one worker is left with them when the others have nothing to do.
+
+    ``--dist worksteal`` deals out the list in equal parts, of which others take the end. So each part begins with slow tests,
+    by modules, since tests of a module may share what took long to make.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.setdefault(item.getparent(pytest.Module), []).append(item)
+    starts: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for tests in sorted(slow.values(), key=lambda tests: max(map(_seconds, tests)), reverse=True):
+        min(starts, key=lambda start: sum(map(_seconds, start))).extend(sorted(tests, key=_seconds, reverse=True))
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    ordered: list[pytest.Item] = []
+    for number, start in enumerate(starts):
+        size = (len(items) - len(ordered)) // (workers - number)
+        ordered += start + others[: max(0, size - len(start))]
+        del others[: max(0, size - len(start))]
+    items[:] = ordered + others
+
+
+def _seconds(item: pytest.Item) -> float:
+    """How long a test may take."""
     limit = item.get_closest_marker("timeout")
     return float(limit.args[0] if limit else item.config.getini("timeout"))

@@ -108,6 +108,7 @@ def test_another_loss_after_a_resume_fails_the_quickstart() -> None:
     assert end.value.code == 1
 
 
+@pytest.mark.slow
 def test_a_training_job_that_fails_fails_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, Progress() as progress:
         run(Leg(ranks=1), tmp_path, ["--no-such-option"], tmp_path / "log", progress, progress.add_task(""))

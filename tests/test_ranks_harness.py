@@ -167,6 +167,7 @@ def test_world_size_has_bounds(ranks: RankPool, world_size: int) -> None:
         ranks.run(world_size, process_id)
 
 
+@pytest.mark.slow
 def test_no_process_survives_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(

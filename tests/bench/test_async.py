@@ -97,6 +97,7 @@ def test_dcp_by_processes(tmp_path: Path) -> None:
     assert [(line.wrong, line.problem, line.checked) for line in report.results] == [((), "", 2)] * 3
 
 
+@pytest.mark.slow
 def test_a_table(tmp_path: Path) -> None:
     command = ["async", "--size", "400KB", "--ranks", "1", "--rounds", "1", "--saves", "1", "--steps", "1", "--samples", "1"]
     only = ["--only", "no-*", "--only", "shardckpt-blocking", "--only", "shardckpt-eager-thread"]

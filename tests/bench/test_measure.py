@@ -55,6 +55,7 @@ def test_save(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_reshard_to_another_dimension_counts_what_is_read(tmp_path: Path) -> None:
     seen: list[Progress] = []
     spec = ReshardSpec(nbytes=400_000, ranks=2, rounds=1, to_ranks=(4,), dims=(1,), caches=("cold",))
@@ -74,6 +75,7 @@ def test_reshard_to_another_dimension_counts_what_is_read(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_load_prints_a_table(tmp_path: Path) -> None:
     command = ["load", "--size", "400KB", "--rounds", "1", "--cache", "warm", "--dir", str(tmp_path)]
     result = CliRunner().invoke(app, command, catch_exceptions=False)

@@ -79,6 +79,7 @@ def test_every_bit_of_a_manifest(tiny: Simulated, tmp_path: Path) -> None:
     tell_refused(len(bits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_bit_of_data(tiny: Simulated, tmp_path: Path, rank: int) -> None:
     path = rank_file(tmp_path, rank)
@@ -129,6 +130,7 @@ class _OneFile(LocalStore):
         return self.reader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_bit_of_a_header(tiny: Simulated, tmp_path: Path, rank: int) -> None:
     """By what every load reads with, since whole loads would take minutes."""

@@ -60,6 +60,7 @@ def test_a_manifest_cut_at_every_length(tmp_path: Path) -> None:
     tell_refused(len(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_file_cut_at_every_length(tmp_path: Path, rank: int) -> None:
     save_tiny(tmp_path)

@@ -168,6 +168,7 @@ def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=2300, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_folder_that_proves_nothing(tmp_path: Path) -> None:
     done = demo("--check", tmp_path)
     assert done.returncode == 1

@@ -30,6 +30,8 @@ from tests.engine.usage import MARK, Usage, usage, usage_when_as_low_as, wait_un
 from tests.ranks import RankDied, RankPool, meet
 from tests.style.source import ROOT
 
+pytestmark = pytest.mark.slow
+
 Background = Literal["thread", "process"]
 Stage = Literal["eager", "lazy"]
 
@@ -113,10 +115,9 @@ def save_in_a_row(root: str, background: Background, stage: Stage, saves: int) -
     ("background", "stage"),
     [
         ("thread", "eager"),
-        *(
-            pytest.param(*kind, marks=pytest.mark.slow)
-            for kind in (("thread", "lazy"), ("process", "eager"), ("process", "lazy"))
-        ),
+        ("thread", "lazy"),
+        ("process", "eager"),
+        ("process", "lazy"),
     ],
 )
 def test_two_hundred_saves_in_a_row(ranks: RankPool, root: Path, background: Background, stage: Stage) -> None:
@@ -159,7 +160,7 @@ def fail_in_a_row(root: str, background: Background) -> tuple[Usage, Usage, int]
     return first, last, failures
 
 
-@pytest.mark.parametrize("background", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("background", ["thread", "process"])
 def test_saves_that_fail_in_a_row(ranks: RankPool, root: Path, background: Background) -> None:
     for first, last, failures in ranks.run(2, fail_in_a_row, str(root), background, timeout=240, fresh=True):
         assert failures == 59
@@ -184,7 +185,7 @@ def close_in_a_row(root: str, background: Background, times: int) -> tuple[Usage
     return before, after
 
 
-@pytest.mark.parametrize(("background", "times"), [("thread", 20), pytest.param("process", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("background", "times"), [("thread", 20), ("process", 3)])
 def test_closed_ones_hold_nothing(ranks: RankPool, root: Path, background: Background, times: int) -> None:
     for before, after in ranks.run(2, close_in_a_row, str(root), background, times, timeout=240, fresh=True):
         assert not after.growth(before)
@@ -204,7 +205,7 @@ def close_a_large_one(root: str, background: Background) -> tuple[Usage, Usage, 
     return before, during, usage_when_as_low_as(before)
 
 
-@pytest.mark.parametrize("background", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("background", ["thread", "process"])
 def test_memory_returns_after_close(ranks: RankPool, root: Path, background: Background) -> None:
     ((before, during, after),) = ranks.run(1, close_a_large_one, str(root), background, timeout=120, fresh=True)
     assert during.resident - before.resident > 64 << 20
@@ -235,7 +236,6 @@ def kill_in_a_row(root: str) -> tuple[Usage, Usage, list[str]]:
     return first, last, went
 
 
-@pytest.mark.slow
 def test_background_processes_that_are_killed(ranks: RankPool, root: Path) -> None:
     ((first, last, went),) = ranks.run(1, kill_in_a_row, str(root), timeout=240, fresh=True)
     assert not last.growth(first)
@@ -270,16 +270,11 @@ def die_while_saving(root: str, background: Background, stage: Stage, mark: str,
     ("background", "stage", "victims"),
     [
         ("process", "eager", [0, 1]),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("process", "eager", [1]),
-                ("process", "lazy", [0, 1]),
-                ("process", "lazy", [1]),
-                ("thread", "lazy", [0, 1]),
-                ("thread", "lazy", [1]),
-            )
-        ),
+        ("process", "eager", [1]),
+        ("process", "lazy", [0, 1]),
+        ("process", "lazy", [1]),
+        ("thread", "lazy", [0, 1]),
+        ("thread", "lazy", [1]),
     ],
 )
 def test_killed_trainers_leave_nothing(
@@ -316,9 +311,8 @@ if sys.argv[3] == "is replaced":
 @pytest.mark.parametrize(
     ("background", "how"),
     [
-        ("process", "ends"),
-        *(pytest.param("thread", how, marks=pytest.mark.slow) for how in ("ends", "raises")),
-        *(pytest.param("process", how, marks=pytest.mark.slow) for how in ("raises", "exits at once", "is replaced")),
+        *(("thread", how) for how in ("ends", "raises")),
+        *(("process", how) for how in ("ends", "raises", "exits at once", "is replaced")),
     ],
 )
 def test_a_trainer_that_ends_without_closing_leaves_nothing(root: Path, background: str, how: str) -> None:

@@ -141,11 +141,12 @@ def test_a_step_waits_before_it_changes_anything(guard: StepGuard, how: str) -> 
 
 
 COMPILED = ["step", "whole"]
+COMPILED_OPTIONS = [{"foreach": False}, *(pytest.param({kind: True}, marks=pytest.mark.slow) for kind in ("foreach", "fused"))]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["hook first", "compiled first"])
 @pytest.mark.parametrize("what", COMPILED)
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("options", COMPILED_OPTIONS, ids=str)
 def test_a_compiled_step_waits_too(options: dict[str, bool], what: str, late: bool) -> None:
     torch._dynamo.reset()
     net = Net()

@@ -56,8 +56,8 @@ class Saves:
         return self.load(self.checkpointer.save(next(self.steps), state, wait=True))
 
 
-FAST = ["eager thread", "lazy thread", "lazy thread late", "lazy process late"]
-SLOW = ["eager process", "lazy process"]
+FAST = ["eager thread", "lazy thread late"]
+SLOW = ["lazy thread", "eager process", "lazy process", "lazy process late"]
 MODES = [*FAST, *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW)]
 
 

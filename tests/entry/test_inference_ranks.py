@@ -90,6 +90,7 @@ def test_every_kind_of_training_goes_into_a_model_of_one_process(ranks: RankPool
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("fsdp2", 2), ("ddp", 4), ("tp", 3)])
 def test_into_tensor_parallel_models(ranks: RankPool, tmp_path: Path, kind: str, size: int) -> None:
     expected = ranks.run(2, save_job, str(tmp_path / "c"), kind, timeout=120)[0]

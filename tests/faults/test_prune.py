@@ -18,7 +18,7 @@ from tests.faults.saves import ALL, ERRORS, Fault, attempt, check, copies, count
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
 
-pytestmark = pytest.mark.timeout(2 * LONGEST)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LONGEST)]
 
 OTHER = 37
 """Second faults are at this multiple of the first one's call, modulo the number of calls."""

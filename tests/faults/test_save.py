@@ -31,7 +31,7 @@ from tests.faults.saves import (
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
 
-pytestmark = pytest.mark.timeout(2 * LONGEST)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LONGEST)]
 
 STEP_3 = "/step-00000003"
 SPREAD = 37

@@ -37,7 +37,7 @@ from tests.faults.saves import (
 from tests.ranks import RankPool
 from tests.store.faults import FaultyFileSystem
 
-pytestmark = pytest.mark.timeout(2 * LONGEST)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LONGEST)]
 
 _Value = TypeVar("_Value")
 

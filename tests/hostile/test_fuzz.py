@@ -18,6 +18,7 @@ RUNS = 20_000
 SECONDS = 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None, reason="atheris is not installed: it has no wheel for this Python or machine"
 )

@@ -54,6 +54,7 @@ def check(found: dict[str, Outcome], most_memory: int = MOST_MEMORY) -> None:
     )
 
 
+@pytest.mark.slow
 def test_all_refusals_are_cheap(tmp_path: Path) -> None:
     for name, case in CASES.items():
         (tmp_path / name).write_bytes(case.make())
@@ -67,6 +68,7 @@ def test_greedy_manifests_are_small(name: str) -> None:
     assert len(GREEDY[name]) <= KIB
 
 
+@pytest.mark.slow
 def test_a_kilobyte_cannot_ask_for_much(tmp_path: Path) -> None:
     for name, data in GREEDY.items():
         (tmp_path / name).write_bytes(data)

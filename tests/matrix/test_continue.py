@@ -70,6 +70,7 @@ def save_while_training(kind: str, root: str, save: bool) -> dict[str, Any]:
     return snapshot(job, with_rng=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2+tp", "zero"])
 def test_saving_changes_nothing(ranks: RankPool, tmp_path: Any, kind: str) -> None:
     with_saves = ranks.run(4, save_while_training, kind, str(tmp_path), True)

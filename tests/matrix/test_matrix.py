@@ -70,7 +70,7 @@ def check(ranks: RankPool, sources: Sources, source: str, worlds: list[int], tar
     ("source", "saved_on", "target", "loaded_on"),
     [
         *[(kind, 4, kind, 2) for kind in KINDS],
-        *[(kind, 2, kind, 4) for kind in KINDS],
+        *(pytest.param(kind, 2, kind, 4, marks=pytest.mark.slow) for kind in KINDS),
         ("fsdp2", 4, "ddp", 3),
         ("tp", 2, "fsdp2", 3),
         ("zero", 3, "ddp", 2),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 
+import pytest
+
 from tests.power.exports import EXPORTS, exported
 from tests.power.flushes import Flush
 from tests.power.judge import Judge
@@ -41,6 +43,7 @@ def caught(flush: Flush, worlds: list[str]) -> tuple[int, str | None]:
     return tried, None
 
 
+@pytest.mark.slow
 def test_without_any_one_flush_a_promise_is_broken() -> None:
     superfluous = []
     for flush, worlds in flushes().items():

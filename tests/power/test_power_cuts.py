@@ -19,6 +19,8 @@ from tests.power.worlds import WORLDS, files, on_disk, saves_of_ranks
 
 SEEDS = int(os.environ.get("SHARDCKPT_POWER_SEEDS", "6"))
 WITHOUT_LINKS = ("saves", "saves that replace", "files")
+LARGE = ("saves that replace", "saves in what others made", "two ranks")
+"""Worlds with many states."""
 
 
 def tell(what: str, disk: Disk, judge: Judge) -> None:
@@ -26,7 +28,13 @@ def tell(what: str, disk: Disk, judge: Judge) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "links"), [*((name, True) for name in WORLDS), *((name, False) for name in WITHOUT_LINKS)], ids=str
+    ("name", "links"),
+    [
+        pytest.param(name, links, marks=[pytest.mark.slow] if name in LARGE else [])
+        for links, names in ((True, WORLDS), (False, WITHOUT_LINKS))
+        for name in names
+    ],
+    ids=str,
 )
 def test_every_state_keeps_the_promises(name: str, links: bool) -> None:
     disk = on_disk(WORLDS[name], links=links)
@@ -36,6 +44,7 @@ def test_every_state_keeps_the_promises(name: str, links: bool) -> None:
     assert judge.tried > len(disk.moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_sampled_states_of_more_ranks_keep_the_promises(seed: int) -> None:
     disk = on_disk(partial(saves_of_ranks, world_size=3 + seed % 3, seed=seed))

@@ -133,6 +133,7 @@ def require_whole(root: Path, steps: list[int]) -> None:
     assert names == [(f"step-{step:08}", kind) for step in steps for kind in ["manifest.json"] + ["rank"] * len(state["own"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "victim", "wait"),
     [("tables", 2, True), ("writing", 3, True), ("writing", 1, False), ("receipt", 2, True)],
@@ -159,6 +160,7 @@ def test_rank_0_before_it_begins(ranks: RankPool, tmp_path: Path) -> None:
     require_whole(tmp_path, [1, 3])
 
 
+@pytest.mark.slow
 def test_rank_0_before_it_commits(ranks: RankPool, tmp_path: Path) -> None:
     """It has all receipts, so it commits when it goes on. The others could not know, and have left their files in place."""
     found = ranks.run(WORLD_SIZE, save_beside_a_stopped_rank, str(tmp_path), "commit", 0, True, timeout=250)
