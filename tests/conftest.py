@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -35,13 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have tests that may take long begin first: else one worker is left with them when the others have nothing to do.
 
     ``--dist worksteal`` deals out the list in equal parts, of which others take the end. So each part begins with slow tests,
-    by modules, since tests of a module may share what took long to make.
+    by directories, since tests of one may share what took long to make.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    slow: dict[Any, list[pytest.Item]] = {}
+    slow: dict[Path, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("slow"):
-            slow.setdefault(item.getparent(pytest.Module), []).append(item)
+            slow.setdefault(item.path.parent, []).append(item)
     starts: list[list[pytest.Item]] = [[] for _ in range(workers)]
     for tests in sorted(slow.values(), key=lambda tests: max(map(_seconds, tests)), reverse=True):
         min(starts, key=lambda start: sum(map(_seconds, start))).extend(sorted(tests, key=_seconds, reverse=True))
