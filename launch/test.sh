@@ -3,7 +3,7 @@
 # Lint, types and the whole test suite, from a bare checkout. Arguments go to pytest:
 #   ./launch/test.sh                             everything
 #   ./launch/test.sh -m "not slow" tests/style   a part
-#   WORKERS=8 ./launch/test.sh                   more processes than the two or half the cores that it takes by itself
+#   WORKERS=8 ./launch/test.sh                   more processes than the three or half the cores that it takes by itself
 #   TORCH=2.6.0 PYTHON=python3.10 ./launch/test.sh   tests only, with other versions than the tested ones (TORCH=newest, too)
 set -euo pipefail
 # shellcheck source=launch/venv.sh
@@ -20,8 +20,9 @@ for site in "$VENV"/lib/python3.*/site-packages; do
     printf 'import atexit, gc; atexit.register(gc.freeze)\n' >"$site/end_without_collecting.pth"
 done
 cores="$(getconf _NPROCESSORS_ONLN)"
-# A test may start up to eight processes of its own, so a worker for every second core keeps a large machine busy.
-workers="${WORKERS:-$((cores > 5 ? cores / 2 : 2))}"
+# A test may start up to eight processes of its own, so a worker for every second core keeps a large machine busy. On a small
+# one it takes three, as some tests wait most of their time.
+workers="${WORKERS:-$((cores > 7 ? cores / 2 : 3))}"
 
 step() {
     printf '\n=== %s\n' "$*"
