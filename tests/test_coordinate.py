@@ -510,6 +510,7 @@ def freeze_rank_0() -> tuple[float, str, list[int]] | None:
         return took, str(error), error.ranks
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_0_holds_nobody_past_the_deadline(ranks: RankPool) -> None:
     _, *others = ranks.run(3, freeze_rank_0)
     for took, message, missing in others:

@@ -270,10 +270,12 @@ def train() -> list[bool]:
     return [same, not untouched, changed == ["norm.weight"], sane]
 
 
+@pytest.mark.slow
 def test_training_changes_every_tensor_and_digests_tell(ranks: RankPool) -> None:
     assert ranks.run(2, train) == [[True] * 4] * 2
 
 
+@pytest.mark.slow
 def test_torch_without_stagers_is_told_as_such() -> None:
     script = (
         "import sys; sys.modules['shardckpt.bench.async_peers'] = None\n"

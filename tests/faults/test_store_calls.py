@@ -48,6 +48,7 @@ def save_next(store: FaultyStore, wait: bool) -> StoreError | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "background"])
 def test_a_save_of_which_a_call_fails(tmp_path: Path, wait: bool) -> None:
     template = make_root(tmp_path / "root")

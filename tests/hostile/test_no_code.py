@@ -82,6 +82,7 @@ def _runs_code(function: str) -> bool:
 # ---- what loads do
 
 
+@pytest.mark.slow
 def test_no_load_runs_code(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.hostile.audited", str(tmp_path), str(CORPUS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)

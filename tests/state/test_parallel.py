@@ -57,9 +57,14 @@ PLACES = [
     ("fsdp1-hybrid", 4),
     ("fsdp1-hybrid-orig", 4),
 ]
-QUICK = ("plain", "ddp", "fsdp2", "zero")
-TARGETS = [pytest.param(*place, marks=[] if place[0] in QUICK and place[1] < 3 else [pytest.mark.slow]) for place in PLACES]
+QUICK = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("zero", 2)]
+"""The others are slow, as most of them are slow to make."""
 ADAMW: MakeOptimizer = functools.partial(one_group, torch.optim.AdamW)
+
+
+def quick(places: list[tuple[str, int]]) -> list[Any]:
+    """Parameters of a test, of which those that are not quick are marked as slow."""
+    return [pytest.param(*place, id=str(place), marks=[] if place in QUICK else [pytest.mark.slow]) for place in places]
 
 
 @functools.cache
@@ -82,7 +87,8 @@ def reloaded(ranks: RankPool, kind: str, size: int, memories: list[Memory], opti
     return [gather(list(captured)) for captured in zip(*ranks.run(size, load_each, kind, memories, optimizer), strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "size"), TARGETS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), PLACES, ids=str)
 def test_what_every_kind_saves_loads_into_every_kind(ranks: RankPool, kind: str, size: int) -> None:
     memories = [saved(ranks, *source) for source in PLACES]
     for source, memory, again in zip(PLACES, memories, reloaded(ranks, kind, size, memories), strict=True):
@@ -90,9 +96,7 @@ def test_what_every_kind_saves_loads_into_every_kind(ranks: RankPool, kind: str,
         assert again.values == memory.values, source
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"), [place for place in TARGETS if not place.values[0].startswith("fsdp1") or "orig" in place.values[0]]
-)
+@pytest.mark.parametrize(("kind", "size"), quick([p for p in PLACES if not p[0].startswith("fsdp1") or "orig" in p[0]]))
 def test_two_param_groups(ranks: RankPool, kind: str, size: int) -> None:
     memory = saved(ranks, kind, size, adamw)
     assert len({value for name, value in memory.values.items() if "group_of" in name}) == 2
@@ -102,7 +106,7 @@ def test_two_param_groups(ranks: RankPool, kind: str, size: int) -> None:
     assert plain.named() == memory.named() and plain.values == memory.values
 
 
-@pytest.mark.parametrize(("kind", "size"), TARGETS)
+@pytest.mark.parametrize(("kind", "size"), quick(PLACES))
 def test_training_goes_on_as_if_it_had_not_stopped(ranks: RankPool, kind: str, size: int) -> None:
     memory = saved(ranks, kind, size)
     through = gather(ranks.run(size, train_and_capture, kind, 1, 4, ADAMW))
