@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,6 +131,7 @@ def make_engine(
 def open_deepspeed() -> Any:
     """The module deepspeed, on top of the process group of the running case."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    is_first = "deepspeed" not in sys.modules
     import deepspeed
     import deepspeed.comm.comm
     import deepspeed.ops
@@ -137,6 +139,9 @@ def open_deepspeed() -> Any:
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups, logger
 
+    if is_first:
+        # it has garbage collected often, and what is loaded need not be looked at each time
+        gc.freeze()
     # float16 is slow on most CPUs, not wrong; DeepSpeed takes it only where there are instructions for it
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     # it would compile an op for two minutes; gloo has the same collective
