@@ -12,6 +12,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -91,12 +92,12 @@ def conclude(starts: list[Start], proof: Proof) -> None:
         console.print(f"  - {line}", soft_wrap=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Play it, or look at what another job has left, and print what that proves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which is kept (default: a temporary one)")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="only prove a job of elastic_train.py that is over")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     begin = time.monotonic()
     happens: list[str] = []
     work = args.check or args.keep or Path(tempfile.mkdtemp(prefix="shardckpt-elastic-"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import shardckpt
+from launch.elastic import main
 from launch.elastic_job import Job
 from launch.elastic_proof import (
     ROOT,
@@ -163,27 +164,24 @@ def test_the_batch_can_be_dealt_out_to_as_many_ranks_as_the_demo_has() -> None:
     assert undisturbed(1).weights["0.weight"].dtype == torch.float64
 
 
-def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.elastic", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=2300, stdin=subprocess.DEVNULL)
-
-
-@pytest.mark.slow
-def test_a_folder_that_proves_nothing(tmp_path: Path) -> None:
-    done = demo("--check", tmp_path)
-    assert done.returncode == 1
-    assert "FAILED: no step was done in" in done.stdout
+def test_a_folder_that_proves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--check", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "FAILED: no step was done in" in capsys.readouterr().out
     (tmp_path / "something").touch()
-    done = demo("--keep", tmp_path)
-    assert done.returncode == 2
-    assert "the folder is not empty" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["--keep", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "the folder is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    done = demo("--keep", work)
+    command = [sys.executable, "-m", "launch.elastic", "--keep", str(work)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=2300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Proven" in done.stdout
     ranks = [start.ranks for start in read(work)]

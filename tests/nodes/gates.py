@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.soak.test_stopped_rank import Stopping
+from tests.engine.phases import Phased
 
 
-class Gated(Stopping):
+class Gated(Phased):
     """A file system that calls a function before one phase of the next save: ``writing``, ``receipt`` or ``commit``."""
 
     def __init__(self, root: str, phase: str, reach: Callable[[], None]) -> None:
-        super().__init__(root, None, 0)
+        super().__init__(root)
         self.armed = False
         """Whether the next save is the one."""
         self._gated = phase

@@ -17,11 +17,11 @@ import torch.distributed as dist
 import shardckpt
 from shardckpt import Options
 from shardckpt.errors import CheckpointError, RankTimeout
+from tests.engine.phases import Phased
 from tests.engine.stores import checkpointer, files
 from tests.engine.test_process import background_process
 from tests.engine.waiting import until
 from tests.ranks import RankPool, meet
-from tests.store.faults import FaultyFileSystem
 
 PATIENT = 120.0
 TIMEOUT = 4.0
@@ -32,43 +32,23 @@ Outcome = int | CheckpointError
 """Step of a save that was committed, or its error."""
 
 
-class Stopping(FaultyFileSystem):
+class Stopping(Phased):
     """Stops the process in a phase of its next save, if there is one; until it is told to go on, from outside.
 
     Ranks that are not stopped wait for each other when they have written, as who is late by himself would be named too.
     """
 
     def __init__(self, root: str, phase: str | None, writers: int) -> None:
-        super().__init__()
-        self._root = root
+        super().__init__(root)
         self._phase = phase
         self._writers = writers
-        self._has_written = False
-
-    def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
-        self._reach("writing")
-        written = super().pwrite(fd, buffer, offset)
-        self._has_written = True
-        return written
-
-    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
-        if self._has_written and path == self._root and flags & os.O_DIRECTORY:
-            # the file is flushed, and so is its directory: only the receipt is missing
-            self._has_written = False
-            self._reach("receipt")
-            if self._writers:
-                come_together("written", self._writers)
-        return super().open(path, flags, mode)
-
-    def link(self, source: str, target: str) -> None:
-        if target.endswith("manifest.json"):
-            self._reach("commit")
-        super().link(source, target)
 
     def _reach(self, phase: str) -> None:
         if phase == self._phase:
             self._phase = None
             os.kill(os.getpid(), signal.SIGSTOP)
+        if phase == "receipt" and self._writers:
+            come_together("written", self._writers)
 
 
 def a_part(step: int) -> dict[str, Any]:
