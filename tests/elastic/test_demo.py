@@ -201,7 +201,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1200)
 def test_agents_that_die_alone(job: Job) -> None:
     """What an agent leaves behind trains on with the others, until somebody takes its place; then it ends by itself."""
     job.join(0, 1)
@@ -221,7 +221,7 @@ def test_agents_that_die_alone(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1200)
 def test_a_node_that_hangs_and_wakes(job: Job) -> None:
     """The other one gives it up and goes on alone; when it wakes, it finds that it was left behind, and joins again."""
     job.join(0, 1)

@@ -116,7 +116,7 @@ def a_free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_what_compose_starts_trains_on_both_nodes(tmp_path: Path) -> None:
     """The commands of all services, here, with a directory as their volume."""
     port = a_free_port()
@@ -190,7 +190,7 @@ def require_that_it_trains(build: Build, root: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_steps_of_the_image_install_what_trains(tmp_path: Path) -> None:
     """The CPU build, in a directory, with torch from where pip finds it here. No user is made, and nothing is put into /."""
     moved = {"/opt/": f"{tmp_path}/opt/", "/checkpoints": f"{tmp_path}/checkpoints"}
