@@ -76,7 +76,12 @@ class _Handler(BaseHTTPRequestHandler):
     one_at_a_time: threading.Lock
 
     def _relay(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            # the client has given it up, and the server would wait for the rest while all others wait for the server
+            self.close_connection = True
+            return
         fault = self.proxy.take_fault(self.command, urlsplit(self.path).query)
         if fault is None or fault.forward or fault.cut:
             status, headers, reply = self._forward(body)

@@ -7,9 +7,7 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
-from tests.style.source import ROOT, Module, modules, text_files
+from tests.style.source import ROOT, modules, text_files
 
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 MODULE_LINES = 400
@@ -17,47 +15,51 @@ TEST_MODULE_LINES = 600
 FUNCTION_LINES = 50
 # put together here, so that this file does not hold them
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
-CODE = modules("shardckpt", "launch", "tests")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 def _named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in text_files() if p.suffix in {".py", ".sh", ".yml"} or p.parent.name == ".ci"],
-    ids=_named,
-)
-def test_source_files_say_their_license(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    first = [line for line in lines[:2] if not line.startswith(("#!", "# shellcheck"))]
-    assert first, "an empty file"
-    assert first[0] == f"# {SPDX}"
+def test_source_files_say_their_license() -> None:
+    without = []
+    for path in text_files():
+        if path.suffix in {".py", ".sh", ".yml"} or path.parent.name == ".ci":
+            first = [line for line in _lines(path)[:2] if not line.startswith(("#!", "# shellcheck"))]
+            if first[:1] != [f"# {SPDX}"]:
+                without.append(_named(path))
+    assert not without
 
 
-@pytest.mark.parametrize("path", text_files(), ids=_named)
-def test_nothing_is_left_unfinished(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    assert not [f"{number}: {line}" for number, line in enumerate(lines, 1) if UNFINISHED.search(line)]
+def test_nothing_is_left_unfinished() -> None:
+    files = {_named(path): _lines(path) for path in text_files()}
+    assert not [
+        f"{n}:{row}: {line}" for n, lines in files.items() for row, line in enumerate(lines, 1) if UNFINISHED.search(line)
+    ]
 
 
-@pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
-def test_modules_are_short(module: Module) -> None:
-    limit = TEST_MODULE_LINES if module.name.startswith("tests.") else MODULE_LINES
-    assert len(module.path.read_text().splitlines()) <= limit
+def test_modules_are_short_and_say_what_they_are_for() -> None:
+    flawed = {}
+    for module in modules("shardckpt", "launch", "tests"):
+        limit = TEST_MODULE_LINES if module.name.startswith("tests.") else MODULE_LINES
+        flaws = [f"{size} lines, over {limit}"] if (size := len(_lines(module.path))) > limit else []
+        flaws += ["no docstring"] if module.tree.body and not ast.get_docstring(module.tree) else []
+        if flaws:
+            flawed[module.name] = flaws
+    assert not flawed
 
 
-@pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
-def test_functions_are_short(module: Module) -> None:
-    functions = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {f.name: size for f in functions if (size := _lines_without_docstring(f)) > FUNCTION_LINES}
+def test_functions_are_short() -> None:
+    long: dict[str, int] = {}
+    for module in modules("shardckpt", "launch", "tests"):
+        functions = [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        sizes = {f"{module.name}.{function.name}": _lines_without_docstring(function) for function in functions}
+        long |= {name: size for name, size in sizes.items() if size > FUNCTION_LINES}
     assert not long
-
-
-@pytest.mark.parametrize("module", CODE, ids=lambda module: module.name)
-def test_modules_say_what_they_are_for(module: Module) -> None:
-    assert ast.get_docstring(module.tree) or not module.tree.body
 
 
 def _lines_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
