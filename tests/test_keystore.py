@@ -71,6 +71,7 @@ def prefixed(operation: tuple[Any, ...], prefix: str) -> tuple[str, list[Any]]:
     return name, [prefix + keys if isinstance(keys, str) else [prefix + key for key in keys], *rest]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(OPERATIONS, max_size=12))
 def test_all_operations_have_the_results_of_torch(torch_store: Any, own_store: KeyClient, operations: Any) -> None:

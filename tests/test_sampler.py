@@ -45,6 +45,7 @@ def run(samplers: list[ElasticSampler], steps: int) -> list[list[int]]:
     return [[index for share in shares for index in share] for shares in zip(*loops, strict=True)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     num_samples=st.integers(1, 300),

@@ -72,6 +72,7 @@ def read_raw(folder: str) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_raw_bytes_go_out_and_come_back_on_any_world_size(tmp_path: Path, ranks: RankPool) -> None:
     ranks.run(2, write_raw, str(tmp_path), 100_001)
     assert [os.stat(path).st_size for path in files_under(str(tmp_path))] == [102_400, 102_400]

@@ -36,6 +36,7 @@ def no_progress(progress: Progress) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_save(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["save", "--size", "400KB", "--rounds", "1", "--json", "--dir", str(tmp_path)], catch_exceptions=False
@@ -86,6 +87,7 @@ def test_load_prints_a_table(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plan() -> None:
     command = ["plan", "--ranks", "6", "--model", "llama-8b", "--rounds", "1", "--peer", "--peer-ranks", "2"]
     result = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
@@ -125,6 +127,7 @@ def contest(report: OnProgress, job: Job) -> None:
     Contest(report, job, forgetful).time_saves()
 
 
+@pytest.mark.slow
 def test_one_wrong_tensor_ends_the_benchmark(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkFailed, match="shardckpt did not give back what was saved"):
         run_ranks(2, contest, Job(folder=str(tmp_path), nbytes=400_000), no_progress)

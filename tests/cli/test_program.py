@@ -90,11 +90,13 @@ def test_commands_that_read_no_data_start_without_torch(root: Path, arguments: l
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["verify", "--read-data"], ["digest"]])
 def test_reading_shows_a_bar_on_a_terminal_only(root: Path, arguments: list[str]) -> None:
     assert "━" in run_on_terminal([*arguments, root])
     assert run(*arguments, root).err == ""
 
 
+@pytest.mark.slow
 def test_no_bar_with_json(root: Path) -> None:
     assert run_on_terminal(["diff", root, root, "--json"]) == ""

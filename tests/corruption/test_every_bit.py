@@ -67,6 +67,7 @@ def test_the_whole_one_is_good(tiny: Simulated, tmp_path: Path) -> None:
     assert target["n"] == 1
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_manifest(tiny: Simulated, tmp_path: Path) -> None:
     path = manifest_path(tmp_path)
     bits = all_bits(0, len(tiny.manifest))
@@ -92,6 +93,7 @@ def test_every_bit_of_data(tiny: Simulated, tmp_path: Path, rank: int) -> None:
     tell_refused(len(bits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bits_of_a_header_fail_a_load(tiny: Simulated, tmp_path: Path, rank: int) -> None:
     path = rank_file(tmp_path, rank)

@@ -172,6 +172,7 @@ for host in ("10.9.0.8", "10.9.0.9", "10.9.0.77", "127.0.1.1"):
 """
 
 
+@pytest.mark.slow
 def test_addresses_of_a_host_that_may_bind_to_any() -> None:
     """A second address of an interface is this host's, too, though connections do not come from it."""
     setup = (

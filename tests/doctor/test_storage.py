@@ -454,6 +454,7 @@ def doctor_process(program: str, **settings: str) -> dict[str, dict[str, Any]]:
 DOCTOR = "from shardckpt.cli.app import cli_main\ncli_main(['doctor', 's3://bucket/doctor', '--json'])"
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_is_a_problem_of_the_machine() -> None:
     checks = doctor_process(f"sys.modules['obstore'] = None\n{DOCTOR}")
     assert checks["storage"]["status"] == "problem"
@@ -462,6 +463,7 @@ def test_what_is_not_installed_is_a_problem_of_the_machine() -> None:
     assert {"versions", "host memory", "rendezvous"} <= set(checks)
 
 
+@pytest.mark.slow
 def test_an_object_store_over_plain_http() -> None:
     pytest.importorskip("obstore", reason="object stores are not tested: obstore is not installed")
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}

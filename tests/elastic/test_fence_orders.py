@@ -158,6 +158,7 @@ def outcomes(folder: Path, kind: type[LocalStore], system: type[FaultyFileSystem
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [FaultyFileSystem, WithoutLinks])
 def test_nothing_is_added_to_what_a_new_start_has_seen(tmp_path: Path, system: type[FaultyFileSystem]) -> None:
     expected = {("done", "100", 1), ("unknown", "100", 1), ("nothing", "90 done", 2)}

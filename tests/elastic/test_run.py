@@ -103,6 +103,7 @@ def ended(command: list[str], root: Path | None = None) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_nodes_that_may_come_later_meet_where_they_can(tmp_path: Path) -> None:
     """Torchrun's own default would wait for both."""
     script = tmp_path / "script.py"
@@ -113,6 +114,7 @@ def test_nodes_that_may_come_later_meet_where_they_can(tmp_path: Path) -> None:
     assert "rank 0 ended with status 3" in output or "rank 1 ended with status 3" in output
 
 
+@pytest.mark.slow
 def test_an_agent_that_meets_nobody_says_so_in_one_line() -> None:
     conf = "--rdzv-conf=is_host=0,read_timeout=1"
     options = ["--nnodes=1:2", "--rdzv-endpoint=127.0.0.1:9", conf]

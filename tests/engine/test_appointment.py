@@ -143,6 +143,7 @@ def wish_at_random(rng: random.Random, count: int, appointment: Appointment) -> 
     return kept
 
 
+@pytest.mark.slow
 def test_many_requests_at_random_are_kept_by_all() -> None:
     with Cluster(3) as cluster:
         generators = map(random.Random, (1, 2, 3))
@@ -211,6 +212,7 @@ def test_closing_leaves_no_thread_behind() -> None:
     assert set(threading.enumerate()) - before == set()
 
 
+@pytest.mark.slow
 def test_a_process_that_forgets_to_close_ends_as_it_should() -> None:
     script = (
         "from shardckpt.appointment import Appointment, Peers\n"
@@ -284,6 +286,7 @@ def wait_for_the_dead(victim: int) -> list[int]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_rank_is_named(ranks: RankPool, victim: int) -> None:
     outcomes = ranks.run_expecting_errors(3, wait_for_the_dead, victim)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROUNDS = 1000
 PATIENCE = 240.0
 
@@ -98,5 +100,6 @@ def test_who_is_interrupted_while_staging_never_leaves_the_writer_waiting() -> N
     assert int(run(FEED, str(ROUNDS))) > ROUNDS / 2
 
 
+@pytest.mark.slow
 def test_saves_that_are_interrupted_fail_and_the_next_ones_succeed(tmp_path: Path) -> None:
     assert run(SAVES, "12", str(tmp_path)) == "12 [0, 1000]"

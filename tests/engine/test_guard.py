@@ -144,6 +144,7 @@ COMPILED = ["step", "whole"]
 COMPILED_OPTIONS = [{"foreach": False}, *(pytest.param({kind: True}, marks=pytest.mark.slow) for kind in ("foreach", "fused"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["hook first", "compiled first"])
 @pytest.mark.parametrize("what", COMPILED)
 @pytest.mark.parametrize("options", COMPILED_OPTIONS, ids=str)

@@ -33,6 +33,7 @@ from tests.engine.strategies import plans
 from tests.engine.test_plan import llama, with_adam
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(plans())
 def test_the_plan_follows_from_the_manifest(plan: Plan) -> None:

@@ -29,6 +29,7 @@ from tests.layout import brute
 from tests.layout.strategies import pieces
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(plans())
 def test_every_element_is_written_once(plan: Plan) -> None:
@@ -45,6 +46,7 @@ def test_every_element_is_written_once(plan: Plan) -> None:
             assert sorted(written) == list(range(prod(tensor.layout.shape)))
 
 
+@pytest.mark.slow
 @given(plans())
 def test_files_hold_pieces_back_to_back_largest_items_first(plan: Plan) -> None:
     order = [tensor.name for tensor in plan.tensors]
@@ -67,6 +69,7 @@ def test_files_hold_pieces_back_to_back_largest_items_first(plan: Plan) -> None:
     assert sum(p.piece.numel for r in range(plan.world_size) for p in plan.file_pieces(r)) == total_elements(plan)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(plans(), st.data())
 def test_what_is_stored_over_a_piece_is_all_of_it(plan: Plan, data: st.DataObject) -> None:

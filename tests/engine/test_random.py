@@ -130,6 +130,7 @@ def test_meshes_are_of_all_ranks() -> None:
     assert all(prod(shape) == size for size, shapes in MESHES.items() for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_random_states(ranks: RankPool, tmp_path: Path, seed: int) -> None:
     check(ranks, tmp_path / "c", seed)

@@ -81,6 +81,7 @@ def test_regular_meshes_are_a_few_integers(ranks: tuple[int, ...], shape: tuple[
     assert affine_ranks(record.shape, record.start, record.strides or ()) == ranks
 
 
+@pytest.mark.slow
 @given(st.data(), shapes())
 def test_layouts_come_back_as_they_were(data: st.DataObject, shape: tuple[int, ...]) -> None:
     described: list[GlobalLayout] = [

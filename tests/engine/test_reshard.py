@@ -49,6 +49,7 @@ def check_extents(plan: Plan, reads: FileReads) -> None:
     assert list(reads.segments) == sorted(reads.segments, key=lambda segment: segment.offset)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(plans(max_size=20), st.data())
 def test_extents_are_whole_blocks_around_all_that_is_needed(plan: Plan, data: st.DataObject) -> None:
@@ -72,6 +73,7 @@ def test_extents_are_whole_blocks_around_all_that_is_needed(plan: Plan, data: st
                 assert not found.isdisjoint(around), "a block is read far from all that is needed"
 
 
+@pytest.mark.slow
 @given(plans(), st.data())
 def test_segments_tile_the_bytes_that_are_read(plan: Plan, data: st.DataObject) -> None:
     """All tensors wanted whole: each byte of each file is in one segment, however the region is cut."""

@@ -43,6 +43,7 @@ def targets(data: st.DataObject, plan: Plan) -> Iterator[tuple[str, Piece, int |
                 yield tensor.name, piece, None
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(plans(), st.data())
 def test_any_layout_is_loaded_as_any_other(plan: Plan, data: st.DataObject) -> None:
@@ -52,6 +53,7 @@ def test_any_layout_is_loaded_as_any_other(plan: Plan, data: st.DataObject) -> N
         assert same_bits(loaded, part(saved.wholes[name, rank], piece))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(plans(max_size=24), st.data())
 def test_memory_of_any_strides_is_filled(plan: Plan, data: st.DataObject) -> None:

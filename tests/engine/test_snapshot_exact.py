@@ -77,7 +77,9 @@ def changed_parts(after: Any, before: Any) -> set[str]:
     return {re.split("[/:]", name)[0] for name in differing(after, before)}
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("compiled") else []) for name in LOOPS]
+)
 def test_the_snapshot_is_the_state_at_the_call(saves: Saves, name: str) -> None:
     torch.manual_seed(0)
     loop = LOOPS[name]()
@@ -185,6 +187,7 @@ def check_kinds(root: str, mode: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_snapshots_of_parallel_training_are_exact(ranks: RankPool, tmp_path: Path, mode: str) -> None:
     for found in ranks.run(2, check_kinds, str(tmp_path / "c"), mode, timeout=120.0):

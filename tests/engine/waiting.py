@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 
 from shardckpt import changes
 
-PATIENCE = 30.0
-"""Seconds."""
+PATIENCE = 90.0
+"""Seconds; more than a case of ranks has, so that what hangs is shown where it does, and not where others gave it up."""
 _LONGEST_PAUSE = 0.05
 
 _Result = TypeVar("_Result")

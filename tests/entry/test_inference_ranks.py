@@ -143,6 +143,7 @@ def read_wide(root: str, how: str) -> tuple[int, int, int]:
     return sum(part.numel() * part.element_size() for part in parts), info.bytes_needed, info.bytes_read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "parallel"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_bytes_read_are_those_of_the_model(ranks: RankPool, tmp_path: Path, size: int, how: str) -> None:

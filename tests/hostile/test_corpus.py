@@ -67,6 +67,7 @@ def test_commands_tell_of_each(root: Path) -> None:
     assert [found["problems"][0]["kind"] for found in verified] == [case.kind.__name__ for case in SMALL]
 
 
+@pytest.mark.slow
 def test_loads_and_commands_refuse_them(root: Path) -> None:
     for step in range(len(SMALL)):
         path = root / step_directory(step)

@@ -100,6 +100,7 @@ HUGE = 56 * BLOCK
 """More than a limited process can allocate."""
 
 
+@pytest.mark.slow
 def test_no_memory_is_taken_before_files_are_seen_to_have_it(tmp_path: Path, good: Path) -> None:
     value = tiny({"v": {"dtype": "uint8", "per_rank": [[HUGE]], "value": True}}, data=HUGE)
     paths = [
@@ -129,6 +130,7 @@ def test_no_memory_is_taken_before_files_are_seen_to_have_it(tmp_path: Path, goo
     }
 
 
+@pytest.mark.slow
 def test_no_memory_is_taken_before_the_target_is_seen_to_fit(tmp_path: Path, good: Path) -> None:
     paths = [
         checkpoint(tmp_path / "there", claims(HUGE), 4096 + HUGE),

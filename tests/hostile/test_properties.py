@@ -83,6 +83,7 @@ def json_values() -> st.SearchStrategy[Any]:
     return st.recursive(leaves, grow, max_leaves=12)
 
 
+@pytest.mark.slow
 @settings(PATIENT, max_examples=EXAMPLES)
 @given(json_values())
 def test_values_decode_to_what_encodes_to_them(data: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from math import prod
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +62,7 @@ def test_all_of_a_box_is_found_in_the_cells_over_it(data: st.DataObject, shape: 
     assert len(found) == len(set(found)), "a cell comes twice"
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.data(), shapes())
 def test_any_layout_is_filled_from_any_other(data: st.DataObject, shape: Ints) -> None:

@@ -7,6 +7,7 @@ from itertools import product
 from math import prod
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def test_windows_are_cut_into_few_boxes_in_ravel_order(data: st.DataObject, shap
     assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
+@pytest.mark.slow
 @given(st.data(), shapes())
 def test_fragments_say_where_each_element_lies(data: st.DataObject, shape: Ints) -> None:
     piece = data.draw(pieces(shape))

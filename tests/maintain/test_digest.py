@@ -78,6 +78,7 @@ def test_every_layout_has_the_digest_of_the_whole(plan: Plan) -> None:
     assert len(found.tensors) + len(found.per_rank) == len(saved.wholes)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(plans(), st.integers(1, 40), st.integers(1, 9))
 def test_batches_hold_every_byte_once_in_order(plan: Plan, units: int, rounds: int) -> None:
@@ -97,6 +98,7 @@ def test_batches_hold_every_byte_once_in_order(plan: Plan, units: int, rounds: i
     assert met == set(range(len(leaves)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 4])
 def test_blocks_of_many_ranks_are_read_once(columns: int) -> None:
     """Each rank has 2 KiB of each tensor, and a block is 64 KiB: one tensor after the other would read blocks many times."""

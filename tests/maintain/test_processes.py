@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -96,6 +97,7 @@ def look_around(root: Path) -> None:
     assert [problem for found in verify(store, read_data=True) for problem in found.problems] == []
 
 
+@pytest.mark.slow
 def test_saves_loads_and_prunes_at_once(ranks: RankPool, tmp_path: Path) -> None:
     print(f"SHARDCKPT_PRUNE_SEED={SEED} SHARDCKPT_PRUNE_ROUNDS={ROUNDS}")
     generator = random.Random(SEED)

@@ -147,6 +147,7 @@ def check_same(one: Path, other: Path) -> None:
             assert leaf == b[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_do_not_change_names(ranks: RankPool, tmp_path: Path, wrapper: str) -> None:
     ranks.run(2, save_wrapped, wrapper, str(tmp_path / "c"), timeout=120)
@@ -155,6 +156,7 @@ def test_wrappers_do_not_change_names(ranks: RankPool, tmp_path: Path, wrapper: 
     assert state["optimizer"]["state"].keys() < set(PLAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "target"),
     [

@@ -96,6 +96,7 @@ def test_what_every_kind_saves_loads_into_every_kind(ranks: RankPool, kind: str,
         assert again.values == memory.values, source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), quick([p for p in PLACES if not p[0].startswith("fsdp1") or "orig" in p[0]]))
 def test_two_param_groups(ranks: RankPool, kind: str, size: int) -> None:
     memory = saved(ranks, kind, size, adamw)
@@ -120,6 +121,7 @@ SGD: MakeOptimizer = functools.partial(one_group, torch.optim.SGD)
 MOMENTUM: MakeOptimizer = functools.partial(one_group, torch.optim.SGD, momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [ROWS, SGD, MOMENTUM], ids=["rows", "sgd", "momentum"])
 @pytest.mark.parametrize("source", [("ddp", 2), ("fsdp2", 3)], ids=str)
 def test_other_optimizers(ranks: RankPool, source: tuple[str, int], optimizer: MakeOptimizer) -> None:
@@ -153,6 +155,7 @@ def captured_layouts(kind: str) -> dict[str, Any]:
     return {tensor.name: tensor.layout for tensor in capture(job.state()).tensors}
 
 
+@pytest.mark.slow
 def test_layouts_say_what_torch_says(ranks: RankPool) -> None:
     hsdp = ranks.run(4, captured_layouts, "hsdp")
     layout = hsdp[3]["model/blocks.0.up.weight"]
