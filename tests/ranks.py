@@ -252,6 +252,7 @@ def _describe_hang(workers: list[_Worker], running: list[int], name: str, timeou
     for worker in workers:
         if worker.process.pid is not None and worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGUSR1)
+            os.kill(worker.process.pid, signal.SIGUSR2)
     time.sleep(_STACK_DUMP_SECONDS)
     parts = [f"{name} did not finish in {timeout} s; still running: ranks {running}"]
     for rank, worker in enumerate(workers):
@@ -292,6 +293,7 @@ def _serve(connection: multiprocessing.connection.Connection, port: int, log: st
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    signal.signal(signal.SIGUSR2, _show_error)
     sys.path[:] = path
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -313,6 +315,12 @@ def _serve(connection: multiprocessing.connection.Connection, port: int, log: st
             gc.collect()
             threads = max(_MANY_THREADS, _count_threads())
         connection.send_bytes(outcome)
+
+
+def _show_error(*_: object) -> None:
+    """Print what the main thread is about to fail with: a rank may hang as it leaves a ``with``, and its stack tells only that."""
+    if sys.exc_info()[1] is not None:
+        traceback.print_exc()
 
 
 def _count_threads() -> int:

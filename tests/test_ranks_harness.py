@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def fail_unpicklable() -> None:
 def sleep_on(rank: int, seconds: float) -> None:
     if dist.get_rank() == rank:
         time.sleep(seconds)
+
+
+def hang_after_an_error() -> None:
+    try:
+        raise ValueError("why it left")
+    finally:
+        threading.Event().wait()
 
 
 def kill_own(rank: int) -> str:
@@ -146,6 +154,11 @@ def test_hang_shows_all_stacks_and_costs_only_the_case(ranks: RankPool) -> None:
     assert "--- rank 0" in message
     after = ranks.run(2, process_id)
     assert not set(after) & set(before)
+
+
+def test_hang_after_an_error_shows_the_error(ranks: RankPool) -> None:
+    with pytest.raises(RanksHung, match="ValueError: why it left"):
+        ranks.run(1, hang_after_an_error, timeout=1.0)
 
 
 def test_dead_rank_is_told_and_replaced(ranks: RankPool) -> None:
