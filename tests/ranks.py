@@ -252,7 +252,8 @@ def _describe_hang(workers: list[_Worker], running: list[int], name: str, timeou
     for worker in workers:
         if worker.process.pid is not None and worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGUSR1)
-            os.kill(worker.process.pid, signal.SIGUSR2)
+            # to its main thread, which another one's signal would not wake
+            ctypes.CDLL(None).tgkill(worker.process.pid, worker.process.pid, signal.SIGUSR2)
     time.sleep(_STACK_DUMP_SECONDS)
     parts = [f"{name} did not finish in {timeout} s; still running: ranks {running}"]
     for rank, worker in enumerate(workers):
@@ -318,7 +319,7 @@ def _serve(connection: multiprocessing.connection.Connection, port: int, log: st
 
 
 def _show_error(*_: object) -> None:
-    """Print what the main thread is about to fail with: a rank may hang as it leaves a ``with``, and its stack tells only that."""
+    """Print what the main thread is about to fail with: while it leaves a ``with``, its stack does not tell."""
     if sys.exc_info()[1] is not None:
         traceback.print_exc()
 
