@@ -221,10 +221,21 @@ def _worker_environment() -> Iterator[None]:
 
 
 def _run_case(workers: list[_Worker], cases: list[_Case], name: str, timeout: float) -> list[Any]:
-    deadline = time.monotonic() + timeout
-    outcomes: list[Any] = [None] * len(workers)
     for worker, case in zip(workers, cases, strict=True):
         worker.connection.send_bytes(pickle.dumps(case))
+    outcomes = _hear(workers, name, timeout)
+    left = [worker for worker, outcome in zip(workers, outcomes, strict=True) if not isinstance(outcome, RankDied)]
+    for worker in left:
+        with contextlib.suppress(ConnectionError):
+            worker.connection.send_bytes(b"leave")
+    _hear(left, f"the end of {name}", timeout)
+    return outcomes
+
+
+def _hear(workers: list[_Worker], name: str, timeout: float) -> list[Any]:
+    """The next word of each."""
+    deadline = time.monotonic() + timeout
+    heard: list[Any] = [None] * len(workers)
     running: dict[Any, int] = {worker.connection: rank for rank, worker in enumerate(workers)}
     while running:
         ready = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
@@ -232,8 +243,8 @@ def _run_case(workers: list[_Worker], cases: list[_Case], name: str, timeout: fl
             raise RanksHung(_describe_hang(workers, sorted(running.values()), name, timeout))
         for connection in ready:
             rank = running.pop(connection)
-            outcomes[rank] = _receive(workers[rank])
-    return outcomes
+            heard[rank] = _receive(workers[rank])
+    return heard
 
 
 def _receive(worker: _Worker) -> Any:
@@ -305,17 +316,14 @@ def _serve(connection: multiprocessing.connection.Connection, port: int, log: st
     # what is loaded stays, and need not be looked at each time that garbage is collected
     gc.freeze()
     threads = _MANY_THREADS
-    while True:
-        try:
-            case: _Case = pickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            return
-        outcome = _play(case, store)
-        if _count_threads() > threads:
-            # modules of FSDP are in cycles with their groups
-            gc.collect()
-            threads = max(_MANY_THREADS, _count_threads())
-        connection.send_bytes(outcome)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            _play(pickle.loads(connection.recv_bytes()), store, connection)
+            if _count_threads() > threads:
+                # modules of FSDP are in cycles with their groups
+                gc.collect()
+                threads = max(_MANY_THREADS, _count_threads())
+            connection.send_bytes(pickle.dumps((None, None)))
 
 
 def _show_error(*_: object) -> None:
@@ -328,16 +336,28 @@ def _count_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def _play(case: _Case, store: Any) -> bytes:
-    """Take part in one case; the pickled outcome."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
+def _play(case: _Case, store: Any, connection: multiprocessing.connection.Connection) -> None:
+    """Take part in one case, tell the outcome, and leave the group when all ranks have told theirs."""
     before = dict(os.environ)
     rank, size = str(case.rank), str(case.world_size)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    try:
+        connection.send_bytes(_outcome(case, store))
+        # who left now could take away what another rank has not received yet: gloo lets that one wait, and not fail
+        connection.recv_bytes()
+    finally:
+        _leave_group()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _outcome(case: _Case, store: Any) -> bytes:
+    """What the case's function returns on this rank, or raises, pickled."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
     try:
         torch.manual_seed(0)
         dist.init_process_group(
@@ -352,12 +372,17 @@ def _play(case: _Case, store: Any) -> bytes:
         fn, args = pickle.loads(case.call)
         return pickle.dumps((fn(*args), None))
     except BaseException as error:
-        return _pickle_error(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
+        outcome = _pickle_error(error)
+    # the others may wait for what this rank is not going to say
+    _leave_group()
+    return outcome
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _pickle_error(error: BaseException) -> bytes:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def fail_unpicklable() -> None:
 def sleep_on(rank: int, seconds: float) -> None:
     if dist.get_rank() == rank:
         time.sleep(seconds)
+
+
+def look_for_the_first() -> bool:
+    """Whether rank 0, which has nothing to do, has left its group while another rank is still there."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        weakref.finalize(dist.distributed_c10d._get_default_group(), store.set, "left", "")
+        return False
+    time.sleep(0.3)
+    return bool(store.check(["left"]))
 
 
 def hang_after_an_error() -> None:
@@ -142,6 +153,11 @@ def test_errors_keep_type_and_details(ranks: RankPool) -> None:
 def test_error_that_cannot_travel_still_tells_what_it_was(ranks: RankPool) -> None:
     (error,) = ranks.run_expecting_errors(1, fail_unpicklable)
     assert "Unpicklable: odd error" in str(error)
+
+
+def test_ranks_stay_until_the_last_is_done(ranks: RankPool) -> None:
+    """What a rank has sent and another one has not received yet may get lost when it leaves."""
+    assert ranks.run(2, look_for_the_first) == [False, False]
 
 
 def test_hang_shows_all_stacks_and_costs_only_the_case(ranks: RankPool) -> None:
