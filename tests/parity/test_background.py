@@ -35,7 +35,7 @@ class ParityGate(Gate):
     """A file system on which no parity can be written while the gate is closed."""
 
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
-        if flags & os.O_CREAT and Path(path).name.startswith("parity-0"):
+        if flags & os.O_CREAT and path.endswith(".xor"):
             self.pass_through()
         return FaultyFileSystem.open(self, path, flags, mode)
 
