@@ -55,8 +55,8 @@ def _flaws(module: Module) -> list[str]:
     flaws = [f"{size} lines, over {limit}"] if (size := len(text.splitlines())) > limit else []
     flaws += ["no docstring"] if tree.body and not ast.get_docstring(tree) else []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = {function.name: _lines_without_docstring(function) for function in functions}
-    return flaws + [f"{name}: {size} lines, over {FUNCTION_LINES}" for name, size in sizes.items() if size > FUNCTION_LINES]
+    sizes = [(function.name, _lines_without_docstring(function)) for function in functions]
+    return flaws + [f"{name}: {size} lines, over {FUNCTION_LINES}" for name, size in sizes if size > FUNCTION_LINES]
 
 
 def _lines_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
