@@ -52,7 +52,7 @@ PRELOAD = [
 ]
 _MANY_THREADS, _TOO_MANY_THREADS = 24, 64
 _PR_SET_PDEATHSIG = 1
-_STACK_DUMP_SECONDS = 0.5
+_STACK_DUMP_SECONDS = 1.0
 
 
 class RankErrors(Exception):
@@ -260,12 +260,13 @@ def _receive(worker: _Worker) -> Any:
 
 def _describe_hang(workers: list[_Worker], running: list[int], name: str, timeout: float) -> str:
     before = [worker.log.stat().st_size for worker in workers]
-    for worker in workers:
-        if worker.process.pid is not None and worker.process.is_alive():
-            os.kill(worker.process.pid, signal.SIGUSR1)
-            # to its main thread, which another one's signal would not wake
-            ctypes.CDLL(None).tgkill(worker.process.pid, worker.process.pid, signal.SIGUSR2)
-    time.sleep(_STACK_DUMP_SECONDS)
+    # one after the other: while it writes the stacks, a process does not notice the second one
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for worker in workers:
+            if worker.process.pid is not None and worker.process.is_alive():
+                # to its main thread, which another one's signal would not wake
+                ctypes.CDLL(None).tgkill(worker.process.pid, worker.process.pid, number)
+        time.sleep(_STACK_DUMP_SECONDS)
     parts = [f"{name} did not finish in {timeout} s; still running: ranks {running}"]
     for rank, worker in enumerate(workers):
         dump = worker.log.read_bytes()[before[rank] :].decode(errors="replace")

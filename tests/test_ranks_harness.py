@@ -173,6 +173,8 @@ def test_hang_shows_all_stacks_and_costs_only_the_case(ranks: RankPool) -> None:
 
 
 def test_hang_after_an_error_shows_the_error(ranks: RankPool) -> None:
+    # it has imported this module, and gets to the error in time
+    ranks.run(1, process_id)
     with pytest.raises(RanksHung, match="ValueError: why it left"):
         ranks.run(1, hang_after_an_error, timeout=1.0)
 
