@@ -48,6 +48,7 @@ PRELOAD = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.distributed.tensor.debug",
     "torch.distributed.checkpoint.state_dict",
 ]
 _MANY_THREADS, _TOO_MANY_THREADS = 24, 64
@@ -118,7 +119,7 @@ class RankPool:
         outcomes = self.run_expecting_errors(world_size, fn, *args, timeout=timeout, fresh=fresh)
         failed = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
         if failed:
-            report = "\n".join(f"--- rank {rank}: {error!r}{error.__cause__ or ''}" for rank, error in failed.items())
+            report = "\n".join(f"--- rank {rank}: {_describe(error)}" for rank, error in failed.items())
             raise RankErrors(f"{len(failed)} of {world_size} ranks failed in {fn.__name__}:\n{report}", outcomes)
         return outcomes
 
@@ -144,11 +145,12 @@ class RankPool:
     @contextlib.contextmanager
     def _borrow(self, count: int, fresh: bool) -> Iterator[list[_Worker]]:
         pool = [] if fresh else self._workers
-        pool[:] = [worker for worker in pool if worker.process.is_alive()]
         if self._store is None:
             self._store = _connect(0, is_master=True)
-        while len(pool) < count:
-            pool.append(_Worker(Path(self._scratch.name), self._store.port))
+        for rank in range(count):
+            # each in its place: a process keeps its rank, which torch has in its plans for equal meshes of later cases
+            if not (rank < len(pool) and pool[rank].process.is_alive()):
+                pool[rank : rank + 1] = [_Worker(Path(self._scratch.name), self._store.port)]
         workers = pool[:count]
         try:
             yield workers
@@ -240,7 +242,7 @@ def _hear(workers: list[_Worker], name: str, timeout: float) -> list[Any]:
     while running:
         ready = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RanksHung(_describe_hang(workers, sorted(running.values()), name, timeout))
+            raise RanksHung(_describe_hang(workers, heard, sorted(running.values()), name, timeout))
         for connection in ready:
             rank = running.pop(connection)
             heard[rank] = _receive(workers[rank])
@@ -258,7 +260,7 @@ def _receive(worker: _Worker) -> Any:
     return value
 
 
-def _describe_hang(workers: list[_Worker], running: list[int], name: str, timeout: float) -> str:
+def _describe_hang(workers: list[_Worker], heard: list[Any], running: list[int], name: str, timeout: float) -> str:
     before = [worker.log.stat().st_size for worker in workers]
     # one after the other: while it writes the stacks, a process does not notice the second one
     for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -268,10 +270,16 @@ def _describe_hang(workers: list[_Worker], running: list[int], name: str, timeou
                 ctypes.CDLL(None).tgkill(worker.process.pid, worker.process.pid, number)
         time.sleep(_STACK_DUMP_SECONDS)
     parts = [f"{name} did not finish in {timeout} s; still running: ranks {running}"]
+    # the others may wait for one that failed
+    parts += [f"--- rank {rank}: {_describe(error)}" for rank, error in enumerate(heard) if isinstance(error, BaseException)]
     for rank, worker in enumerate(workers):
         dump = worker.log.read_bytes()[before[rank] :].decode(errors="replace")
         parts.append(f"--- rank {rank}, exit code {worker.process.exitcode}, stacks:\n{dump}")
     return "\n".join(parts)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{error!r}{error.__cause__ or ''}"
 
 
 def _connect(port: int, *, is_master: bool) -> Any:
@@ -345,7 +353,7 @@ def _play(case: _Case, store: Any, connection: multiprocessing.connection.Connec
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
     try:
         connection.send_bytes(_outcome(case, store))
-        # who left now could take away what another rank has not received yet: gloo lets that one wait, and not fail
+        # who left now could take away what another rank has not received yet
         connection.recv_bytes()
     finally:
         _leave_group()
@@ -384,6 +392,11 @@ def _leave_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    with contextlib.suppress(ImportError):  # old versions of torch have no such function
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        # a mesh of the next case may equal one of this case, and would be served with the groups of this one
+        _clear_sharding_prop_cache()
 
 
 def _pickle_error(error: BaseException) -> bytes:

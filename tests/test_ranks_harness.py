@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardckpt.errors import RankTimeout
 from tests.ranks import RankDied, RankErrors, RankPool, RanksHung
@@ -71,6 +73,22 @@ def look_for_the_first() -> bool:
         return False
     time.sleep(0.3)
     return bool(store.check(["left"]))
+
+
+def gather_what_is_split(other_groups: int) -> list[float]:
+    """All of a tensor that is split over a mesh of 2 x 2, made after so many groups that are not the mesh's."""
+    for _ in range(other_groups):
+        dist.new_group()
+    mesh = init_device_mesh("cpu", (2, 2))
+    split = distribute_tensor(torch.arange(5.0), mesh, [Shard(0), Shard(0)])
+    whole: list[float] = split.detach().full_tensor().tolist()
+    return whole
+
+
+def fail_or_wait() -> None:
+    if dist.get_rank() == 0:
+        raise ValueError("the others wait for me")
+    threading.Event().wait()
 
 
 def hang_after_an_error() -> None:
@@ -172,6 +190,14 @@ def test_hang_shows_all_stacks_and_costs_only_the_case(ranks: RankPool) -> None:
     assert not set(after) & set(before)
 
 
+def test_hang_shows_the_error_of_a_rank_that_is_done(ranks: RankPool) -> None:
+    ranks.run(2, process_id)
+    with pytest.raises(
+        RanksHung, match=r"(?s)running: ranks \[1\].*rank 0: ValueError.*the others wait for me.*in fail_or_wait"
+    ):
+        ranks.run(2, fail_or_wait, timeout=1.0)
+
+
 def test_hang_after_an_error_shows_the_error(ranks: RankPool) -> None:
     # it has imported this module, and gets to the error in time
     ranks.run(1, process_id)
@@ -190,6 +216,19 @@ def test_dead_rank_is_told_and_replaced(ranks: RankPool) -> None:
 def test_dead_rank_0_is_replaced(ranks: RankPool) -> None:
     assert isinstance(ranks.run_expecting_errors(2, kill_own, 0)[0], RankDied)
     assert [result[2] for result in ranks.run(2, total, 1)] == [1, 1]
+
+
+def test_a_mesh_is_not_taken_for_an_equal_one_of_an_earlier_case(ranks: RankPool) -> None:
+    """torch's plans for DTensors name the groups of the mesh that they were made for, and serve all equal meshes."""
+    for other_groups in (0, 2, 1):
+        assert ranks.run(4, gather_what_is_split, other_groups) == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 4
+
+
+def test_processes_keep_their_ranks(ranks: RankPool) -> None:
+    before = ranks.run(4, process_id)
+    ranks.run_expecting_errors(3, kill_own, 1)
+    after = ranks.run(4, process_id)
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("world_size", [0, 9])
