@@ -13,9 +13,7 @@ install_deepspeed
 
 cd "$ROOT"
 PATH="$VENV/bin:$PATH"
-# Tests start hundreds of processes: each would compile the package again where this is set.
-unset PYTHONDONTWRITEBYTECODE
-# And each that has imported torch would spend half a second on looking for garbage when it ends.
+# Tests start hundreds of processes: each that has imported torch would spend half a second on looking for garbage at its end.
 for site in "$VENV"/lib/python3.*/site-packages; do
     printf 'import atexit, gc; atexit.register(gc.freeze)\n' >"$site/end_without_collecting.pth"
 done

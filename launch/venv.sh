@@ -12,6 +12,9 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CONSTRAINTS="$ROOT/launch/constraints.txt"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Modules are compiled when they are first imported: to compile all of them takes as long as to install them, and most are never
+# used. That is for once, and not for each process again.
+unset PYTHONDONTWRITEBYTECODE
 
 die() {
     printf 'error: %s\n' "$*" >&2
@@ -74,7 +77,7 @@ install_into_venv() {
     wanted="$(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$CONSTRAINTS" | cksum) $ROOT"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         run_logged "Installing shardckpt[$extra] into ${VENV##*/}" "$VENV/install.log" "$VENV/bin/python" -m pip install \
-            --editable "${ROOT}[$extra]" --constraint "$CONSTRAINTS"
+            --no-compile --editable "${ROOT}[$extra]" --constraint "$CONSTRAINTS"
         printf '%s\n' "$wanted" >"$stamp"
     fi
 }
@@ -91,9 +94,9 @@ install_deepspeed() {
     if (
         set -e
         run_logged "Installing what DeepSpeed needs into ${VENV##*/}" "$log" "$VENV/bin/python" -m pip install \
-            --constraint "$CONSTRAINTS" "${DEEPSPEED_NEEDS[@]}"
+            --no-compile --constraint "$CONSTRAINTS" "${DEEPSPEED_NEEDS[@]}"
         run_logged "Building DeepSpeed into ${VENV##*/}" "$log" env DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$VENV/bin/python" -m pip install \
-            --no-build-isolation --no-deps --constraint "$CONSTRAINTS" deepspeed
+            --no-compile --no-build-isolation --no-deps --constraint "$CONSTRAINTS" deepspeed
     ); then
         printf '%s\n' "$wanted" >"$stamp"
     else

@@ -50,6 +50,8 @@ PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.tensor.debug",
     "torch.distributed.checkpoint.state_dict",
+    "shardckpt.checkpointer",
+    "tests.models",
 ]
 _MANY_THREADS, _TOO_MANY_THREADS = 24, 64
 _PR_SET_PDEATHSIG = 1
