@@ -192,8 +192,7 @@ class _Worker:
         self.log = Path(log)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, port, log, sys.path), daemon=True)
-        with _worker_environment():
-            self.process.start()
+        self.process.start()
         theirs.close()
 
     def tail(self) -> str:
@@ -210,18 +209,6 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
-
-
-@contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """What the fork server has to find in its environment when it loads its libraries."""
-    before = dict(os.environ)
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _run_case(workers: list[_Worker], cases: list[_Case], name: str, timeout: float) -> list[Any]:

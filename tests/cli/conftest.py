@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import shardckpt
 from tests.cli.run import state
@@ -19,5 +18,4 @@ def root(tmp_path: Path) -> Path:
     with shardckpt.Checkpointer(path) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, state(step), metadata={"run": "test"}, wait=True)
-    torch.set_num_threads(1)
     return path
