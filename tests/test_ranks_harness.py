@@ -12,13 +12,13 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shardckpt.errors import RankTimeout
 from tests.ranks import RankDied, RankErrors, RankPool, RanksHung
@@ -80,8 +80,8 @@ def gather_what_is_split(other_groups: int) -> list[float]:
     for _ in range(other_groups):
         dist.new_group()
     mesh = init_device_mesh("cpu", (2, 2))
-    split = distribute_tensor(torch.arange(5.0), mesh, [Shard(0), Shard(0)])
-    whole: list[float] = split.detach().full_tensor().tolist()
+    split = cast(DTensor, distribute_tensor(torch.arange(5.0), mesh, [Shard(0), Shard(0)]).detach())
+    whole: list[float] = split.full_tensor().tolist()
     return whole
 
 
