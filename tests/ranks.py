@@ -53,7 +53,7 @@ PRELOAD = [
     "shardckpt.checkpointer",
     "tests.models",
 ]
-_MANY_THREADS, _TOO_MANY_THREADS = 24, 64
+_MANY_THREADS, _TOO_MANY_THREADS = 8, 64
 _PR_SET_PDEATHSIG = 1
 _STACK_DUMP_SECONDS = 1.0
 
