@@ -84,6 +84,11 @@ class Job:
     """Ranks with the same one see the same data."""
     progress: dict[str, Any] = field(default_factory=lambda: {"steps": 0, "seen": [], "mean": torch.zeros(3)})
 
+    @property
+    def local_optimizer(self) -> torch.optim.Optimizer:
+        """The one that holds the state on this rank."""
+        return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
+
     def state(self) -> dict[str, Any]:
         """What is saved."""
         return {
@@ -114,8 +119,7 @@ class Job:
     @torch.no_grad()
     def spoil(self) -> None:
         """Make everything differ from what it was, as training would, at a fraction of the cost."""
-        local = self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
-        states = [entry for state in local.state.values() for entry in state.values()]
+        states = [entry for state in self.local_optimizer.state.values() for entry in state.values()]
         for tensor in [*(tensor for _, tensor in named(self.model)), *states]:
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
         for group in self.optimizer.param_groups:
@@ -215,7 +219,7 @@ def named(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def snapshot(job: Job, *, with_rng: bool = False) -> dict[str, Any]:
     """Everything in a job as plain tensors and values by name; collective."""
     found: dict[str, Any] = {f"model.{name}": whole(tensor) for name, tensor in named(job.model)}
-    local = job.optimizer.optim if isinstance(job.optimizer, ZeroRedundancyOptimizer) else job.optimizer
+    local = job.local_optimizer
     states: dict[str, Any] = {}
     names = {id(param): name for name, param in reversed(list(named(job.model)))}
     for group in job.optimizer.param_groups:
