@@ -12,8 +12,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CONSTRAINTS="$ROOT/launch/constraints.txt"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# Modules are compiled when they are first imported: to compile all of them takes as long as to install them, and most are never
-# used. That is for once, and not for each process again.
+# Packages are installed without bytecode: to compile all of it takes as long as the rest, and most is never used. Python compiles
+# a module when it is first imported, and has to be free to keep the result: else each process would compile it again.
 unset PYTHONDONTWRITEBYTECODE
 
 die() {

@@ -88,7 +88,7 @@ def test_starts_of_one_run_have_one_name() -> None:
 
 def ended(command: list[str], root: Path | None = None) -> tuple[int, str]:
     """Status and output of a launcher that runs to its end."""
-    names = {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
+    names = {"RES_OPTIONS": "timeout:1 attempts:1"}
     if root is not None:
         names |= {"SHARDCKPT_ROOT": str(root), "SHARDCKPT_RUN": "job"}
     done = subprocess.run(
@@ -129,13 +129,12 @@ def test_an_agent_that_meets_nobody_says_so_in_one_line() -> None:
 def test_what_a_killed_launch_has_left_behind_gives_way_to_the_next_one(tmp_path: Path) -> None:
     """On one node, where torchrun has a new name for each launch: the script trains on alone, until it comes to a save."""
     command = [sys.executable, "-m", "shardckpt", "run", f"--root={tmp_path / 'run'}", "--", str(ELASTIC_TRAIN), str(tmp_path)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "output").open("wb") as output:
         agents: list[subprocess.Popen[bytes]] = []
         left: list[psutil.Process] = []
         try:
             for number in (0, 1):
-                agents.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
+                agents.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
                 until(lambda number=number: begun(tmp_path) > number and read_start(tmp_path, number).saved, 250)  # type: ignore[misc]
                 if number == 0:
                     left = psutil.Process(agents[0].pid).children(recursive=True)

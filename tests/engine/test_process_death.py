@@ -115,7 +115,7 @@ def test_a_job_of_torchrun_that_is_killed_as_a_whole(tmp_path: Path, mark: str) 
     script = tmp_path / "train.py"
     script.write_text(TORCHRUN.format(source=str(ROOT), root=str(tmp_path / "run")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    agent = subprocess.Popen(command, env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    agent = subprocess.Popen(command, env={**os.environ, MARK: mark}, start_new_session=True)
     try:
         until(lambda: all((tmp_path / "run" / f"ready-{rank}").exists() for rank in (0, 1)), patience=150)
         trainers = [child for child in psutil.Process(agent.pid).children() if str(script) in child.cmdline()]

@@ -74,7 +74,6 @@ class Cluster:
             "SLURM_JOB_NUM_NODES": "2",
             # looking up names that do not exist may take long
             "RES_OPTIONS": "timeout:1 attempts:1",
-            "OMP_NUM_THREADS": "1",
         }
         return subprocess.Popen(
             ["bash", copy, *arguments],

@@ -77,7 +77,7 @@ class Space:
 
     def start(self, *command: str, log: IO[bytes], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command in here; it dies with the host."""
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
         return subprocess.Popen(self.inside(*command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def kill(self) -> None:

@@ -32,7 +32,7 @@ class Job:
         self.log = ""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
         command += ["sh", "-c", WRAPPER, "sh", sys.executable, str(TRAIN), f"--root={root}", *options]
-        names = {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1", "STATUSES": str(self.statuses)}
+        names = {"RES_OPTIONS": "timeout:1 attempts:1", "STATUSES": str(self.statuses)}
         self.launcher = subprocess.Popen(
             command,
             env={**os.environ, **names},
